@@ -1,0 +1,244 @@
+"""The headline ratio: seconds of a whole training step ÷ seconds of one dense encoder product.
+
+    python bench/step.py --shape 2048,768,24576,32 --json -
+
+Step: the Trainer's own: centring, encode, loss, backward, unit norm with projected gradient, biases, dead
+tracking, Adam. The dense provider does the same in plain torch. Product: `fastsae.train.product_seconds`,
+before and after the steps, in the same process. Each provider runs in a process of its own, so that
+peak_bytes, the most memory resident during a step over what was resident before the model was made, is its
+own. Before it is timed, a provider's loss and gradients are compared with the float64 reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsae import SAE, SAEConfig, TopK, cpu
+from fastsae.data import Batch, open_source
+from fastsae.train import TrainConfig, Trainer, product_seconds
+
+SHAPES = ((2048, 768, 24576, 32), (1024, 384, 131072, 32))
+Shape = tuple[int, int, int, int]
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+def memory(key: str) -> int:
+    """Bytes of VmRSS or VmHWM of this process (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def trainer_step(shape: Shape, x: torch.Tensor, options: list[str]) -> tuple[Step, SAE]:
+    _, d, f, k = shape
+    dead_after = 1 if "auxk" in options else 10**9
+    sae = SAE(SAEConfig(d, f, TopK(k), dead_after=dead_after))
+    clip = 1.0 if "clip" in options else None
+    trainer = Trainer(sae, open_source(x), TrainConfig(steps=10**9, warmup_steps=0, clip=clip))
+    return lambda batch: trainer.step(Batch(batch, None)).losses["mse"].detach(), sae
+
+
+def dense_step(shape: Shape, x: torch.Tensor, options: list[str]) -> tuple[Step, SAE]:
+    """The same step as a careful user writes it in torch: dense products and torch.topk."""
+    _, d, f, k = shape
+    sae = SAE(SAEConfig(d, f, TopK(k)))
+    assert sae.b_enc is not None
+    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4 / (f / 2**14) ** 0.5, fused=True)
+    since_fired = torch.zeros(f, dtype=torch.int64)
+
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        h = torch.relu((batch - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+        top = h.topk(k)
+        z = torch.zeros_like(h).scatter(1, top.indices, top.values)
+        loss = (z @ sae.W_dec + sae.b_dec - batch).square().sum() / len(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        with torch.no_grad():
+            since_fired.add_(len(batch))
+            since_fired[top.indices[top.values > 0]] = 0
+            grad = sae.W_dec.grad
+            assert grad is not None
+            grad -= (grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
+            optimizer.step()
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        return loss.detach()
+
+    return step, sae
+
+
+PROVIDERS = {"fastsae": trainer_step, "torch-dense": dense_step}
+ROWS: tuple[tuple[str, str, list[str]], ...] = (
+    ("fastsae", "torch-adam", []),
+    ("fastsae", "torch-adam", ["clip"]),
+    ("torch-dense", "torch-adam", []),
+)
+
+
+def check(provider: str, options: list[str]) -> None:
+    """Raises unless a step's loss and gradients on a small problem are those of the float64 reference."""
+    shape = (96, 40, 512, 8)
+    torch.manual_seed(1)
+    x = torch.randn(*shape[:2])
+    step, sae = PROVIDERS[provider](shape, x, [o for o in options if o == "clip"])
+    oracle = SAE(
+        SAEConfig(shape[1], shape[2], TopK(shape[3]), dtype="float64"), backend="reference"
+    )
+    oracle.load_state_dict(sae.state_dict())
+    expected = oracle.losses(x.double()).loss
+    expected.backward()
+    oracle.project_decoder_gradient_()
+    if "clip" in options:
+        torch.nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
+    loss = step(x)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
+    for (name, p), q in zip(sae.named_parameters(), oracle.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None, name
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-6)
+
+
+def measure(
+    shape: Shape, provider: str, optimizer: str, options: list[str], steps: int, threads: int
+) -> dict[str, Any]:
+    """One row of the table."""
+    torch.set_num_threads(threads)
+    check(provider, options)
+    n, d, f, k = shape
+    torch.manual_seed(0)
+    batches = [torch.randn(n, d) for _ in range(4)]  # taken in turn, so that no cache is flattered
+    before = memory("VmRSS")
+    step, sae = PROVIDERS[provider](shape, batches[0], options)
+    for i in range(2):
+        step(batches[i])
+    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
+    seconds = []
+    for i in range(steps):
+        start = time.perf_counter()
+        step(batches[i % 4])
+        seconds.append(time.perf_counter() - start)
+    peak = memory("VmHWM") - before
+    product = product_seconds(batches[0], sae.W_enc)
+    step(batches[0])
+    product = min(product, product_seconds(batches[0], sae.W_enc))
+    return {
+        "provider": provider,
+        "optimizer": optimizer,
+        "options": options,
+        "n": n,
+        "d": d,
+        "f": f,
+        "k": k,
+        "step_s": statistics.median(seconds),
+        "step_min_s": min(seconds),
+        "step_max_s": max(seconds),
+        "product_s": product,
+        "ratio": statistics.median(seconds) / product,
+        "peak_bytes": peak,
+        "threads": threads,
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must be read with."""
+    name = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith(("model name", "CPU part"))
+        ),
+        platform.processor(),
+    )
+    try:
+        git = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(
+            git, capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout
+    except OSError:
+        commit = ""
+    return {
+        "cpu": name,
+        "isa": cpu.isas()[0] if cpu.available() else "none",
+        "torch": torch.__version__,
+        "fastsae": importlib.metadata.version("fastsae-engine"),
+        "commit": commit.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def parse_shape(text: str) -> Shape:
+    try:
+        n, d, f, k = (int(part) for part in text.split(","))
+        if min(n, d, f, k) < 1 or k > f:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected N,D,F,K (positive, K at most F), got {text!r}"
+        ) from None
+    return n, d, f, k
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", type=parse_shape, action="append", metavar="N,D,F,K", help="may be repeated"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=7, help="timed steps, the median counts (default 7)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="default: torch's"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for stdout")
+    args = parser.parse_args()
+    rows = []
+    header = (
+        "provider",
+        "optimizer",
+        "options",
+        "n,d,f,k",
+        "step s",
+        "product s",
+        "ratio",
+        "peak MB",
+    )
+    print("{:12} {:11} {:8} {:22} {:>8} {:>9} {:>6} {:>8}".format(*header), file=sys.stderr)
+    context = multiprocessing.get_context("spawn")
+    for shape in args.shape or SHAPES:
+        for provider, optimizer, options in ROWS:
+            with context.Pool(1) as child:
+                row = child.apply(
+                    measure, (shape, provider, optimizer, options, args.steps, args.threads)
+                )
+            rows.append(row)
+            print(
+                f"{provider:12} {optimizer:11} {','.join(options) or '-':8} "
+                f"{','.join(map(str, shape)):22} {row['step_s']:8.3f} {row['product_s']:9.3f} "
+                f"{row['ratio']:6.2f} {row['peak_bytes'] / 1e6:8.0f}",
+                file=sys.stderr,
+            )
+    if args.json == "-":
+        print(json.dumps(rows, indent=1))
+    elif args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

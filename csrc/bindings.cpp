@@ -1,0 +1,403 @@
+// fastsae._C: the kernels of this CPU, on torch tensors. No torch headers: a tensor is asked for
+// its dtype, shape, strides and address through Python, checked here, and used as a raw pointer
+// with the GIL released. Every function takes its outputs as arguments and writes nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace fastsae {
+namespace {
+
+struct Kernels {
+  const char* isa;
+  decltype(&base::encode) encode;
+  decltype(&base::decode_fwd) decode_fwd;
+  decltype(&base::decode_error) decode_error;
+  decltype(&base::decode_bwd_vals) decode_bwd_vals;
+  decltype(&base::build_index) build_index;
+  decltype(&base::row_gradients) row_gradients;
+  decltype(&base::column_sum) column_sum;
+  decltype(&base::project_rows) project_rows;
+  decltype(&base::normalize_rows) normalize_rows;
+};
+
+#define FASTSAE_KERNELS(ISA)                                                                       \
+  Kernels {                                                                                        \
+    #ISA, ISA::encode, ISA::decode_fwd, ISA::decode_error, ISA::decode_bwd_vals, ISA::build_index, \
+        ISA::row_gradients, ISA::column_sum, ISA::project_rows, ISA::normalize_rows                \
+  }
+
+// What this CPU can run, best first.
+const std::vector<Kernels>& available() {
+  static const std::vector<Kernels> kernels = [] {
+    std::vector<Kernels> v;
+#ifdef FASTSAE_HAS_X86_ISAS
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) v.push_back(FASTSAE_KERNELS(avx512bf16));
+    if (avx512) v.push_back(FASTSAE_KERNELS(avx512));
+    if (avx2) v.push_back(FASTSAE_KERNELS(avx2));
+#endif
+    v.push_back(FASTSAE_KERNELS(base));
+    return v;
+  }();
+  return kernels;
+}
+
+const Kernels& kernels_for(const std::string& isa) {
+  if (isa.empty()) return available().front();
+  std::string names;
+  for (const Kernels& k : available()) {
+    if (isa == k.isa) return k;
+    names += std::string(names.empty() ? "" : ", ") + k.isa;
+  }
+  throw py::value_error("isa: expected one of " + names + ", got " + isa);
+}
+
+// ---- tensors ----
+
+struct View {
+  void* data = nullptr;
+  int64_t rows = 1, cols = 0, ld = 0;  // a vector is one row
+  bool is_bf16 = false;
+  Matrix matrix() const { return {data, ld, is_bf16}; }
+  MutableMatrix mutable_matrix() const { return {data, ld, is_bf16}; }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+constexpr int64_t ANY = -1;
+enum Access { IN, OUT };
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string s = "(";
+  for (size_t i = 0; i < shape.size(); ++i)
+    s += (i ? ", " : "") + (shape[i] == ANY ? std::string("*") : std::to_string(shape[i]));
+  return s + ")";
+}
+
+// A CPU tensor of one of `dtypes` ("float32 bfloat16") and of `shape`, with unit stride inside a
+// row; an output's rows are apart.
+View view(const py::handle& t, const std::string& name, const std::string& dtypes,
+          const std::vector<int64_t>& shape, Access access = IN) {
+  if (!py::hasattr(t, "data_ptr") || !py::hasattr(t, "is_cpu") || !py::hasattr(t, "dtype"))
+    throw py::type_error(name + ": expected a torch.Tensor, got " +
+                         std::string(py::str(py::type::of(t))));
+  std::string dtype = py::str(t.attr("dtype"));
+  dtype = dtype.substr(dtype.rfind('.') + 1);
+  if ((" " + dtypes + " ").find(" " + dtype + " ") == std::string::npos)
+    throw py::type_error(name + ": expected dtype " + dtypes + ", got " + dtype);
+  if (!t.attr("is_cpu").cast<bool>())
+    throw py::value_error(name + ": expected a CPU tensor, got one on " +
+                          std::string(py::str(t.attr("device"))));
+  const auto got = t.attr("shape").cast<std::vector<int64_t>>();
+  bool fits = got.size() == shape.size();
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] == ANY || shape[i] == got[i];
+  if (!fits)
+    throw py::value_error(name + ": expected shape " + shape_text(shape) + ", got " +
+                          shape_text(got));
+  const auto stride = t.attr("stride")().cast<std::vector<int64_t>>();
+  View v;
+  v.rows = got.size() == 2 ? got[0] : 1;
+  v.cols = got.back();
+  v.ld = got.size() == 2 ? stride[0] : v.cols;
+  v.is_bf16 = dtype == "bfloat16";
+  if (v.cols > 1 && stride.back() != 1)
+    throw py::value_error(name + ": expected unit stride inside a row, got strides " +
+                          shape_text(stride));
+  if (access == OUT && v.rows > 1 && v.ld < v.cols)
+    throw py::value_error(name + ": expected an output whose rows do not overlap, got strides " +
+                          shape_text(stride));
+  v.data = reinterpret_cast<void*>(t.attr("data_ptr")().cast<uintptr_t>());
+  return v;
+}
+
+View optional_view(const py::handle& t, const std::string& name, const std::string& dtypes,
+                   const std::vector<int64_t>& shape, Access access = IN) {
+  return t.is_none() ? View{} : view(t, name, dtypes, shape, access);
+}
+
+// The kernels index (n, k) arrays as one run of entries.
+View packed(const View& v, const std::string& name) {
+  if (v.rows > 1 && v.ld != v.cols) throw py::value_error(name + ": expected a contiguous tensor");
+  return v;
+}
+
+void check_range(const int32_t* p, int64_t n, int64_t low, int64_t high, const std::string& name) {
+  for (int64_t i = 0; i < n; ++i)
+    if (p[i] < low || p[i] >= high)
+      throw py::index_error(name + ": expected values in [" + std::to_string(low) + ", " +
+                            std::to_string(high) + "), got " + std::to_string(p[i]) +
+                            " at position " + std::to_string(i));
+}
+
+void check_threads(int threads) {
+  if (threads < 1 || threads > 1024)
+    throw py::value_error("threads: expected 1 to 1024, got " + std::to_string(threads));
+}
+
+// vals (float32) and idx (int32) of (n, k), or of (nnz) with row_ptr (n + 1) int64; ids in [-1,
+// n_latents).
+Pairs pairs(const py::handle& vals, const py::handle& idx, const py::handle& row_ptr, int64_t n,
+            int64_t n_latents) {
+  Pairs p{};
+  p.n = n;
+  View i;
+  if (row_ptr.is_none()) {
+    i = packed(view(idx, "idx", "int32", {n, ANY}), "idx");
+    p.k = i.cols;
+    if (!vals.is_none())
+      p.vals = packed(view(vals, "vals", "float32", {n, p.k}), "vals").as<float>();
+  } else {
+    i = view(idx, "idx", "int32", {ANY});
+    if (!vals.is_none()) p.vals = view(vals, "vals", "float32", {i.cols}).as<float>();
+    p.row_ptr = view(row_ptr, "row_ptr", "int64", {n + 1}).as<int64_t>();
+    bool ascending = p.row_ptr[0] == 0 && p.row_ptr[n] == i.cols;
+    for (int64_t r = 0; ascending && r < n; ++r) ascending = p.row_ptr[r] <= p.row_ptr[r + 1];
+    if (!ascending)
+      throw py::value_error("row_ptr: expected an ascending sequence from 0 to nnz = " +
+                            std::to_string(i.cols));
+  }
+  const int64_t nnz = i.rows * i.cols;
+  if (nnz >= int64_t{1} << 31 || n >= int64_t{1} << 31)
+    throw py::value_error("idx: expected fewer than 2**31 entries and tokens, got " +
+                          std::to_string(nnz));
+  p.idx = i.as<int32_t>();
+  check_range(p.idx, nnz, -1, n_latents, "idx");
+  return p;
+}
+
+const char* const FLOATS = "float32 bfloat16";
+
+void check_latents(int64_t n) {
+  if (n >= int64_t{1} << 31)
+    throw py::value_error("expected fewer than 2**31 latents, got " + std::to_string(n));
+}
+
+// ---- the functions ----
+
+void encode(py::object x, py::object w, py::object bias, py::object latents, py::object vals,
+            py::object idx, const std::string& screen, int threads, int64_t block_tokens,
+            const std::string& isa) {
+  check_threads(threads);
+  const View xv = view(x, "x", "float32", {ANY, ANY});
+  const View wv = view(w, "W_enc", FLOATS, {ANY, xv.cols});
+  check_latents(wv.rows);
+  const View bv = optional_view(bias, "b_enc", "float32", {wv.rows});
+  const View lv = optional_view(latents, "latents", "int32", {ANY});
+  const View out = packed(view(vals, "vals", "float32", {xv.rows, ANY}, OUT), "vals");
+  const View ids = packed(view(idx, "idx", "int32", {xv.rows, out.cols}, OUT), "idx");
+  if (xv.cols >= int64_t{1} << 20)
+    throw py::value_error("x: expected d_in below 2**20, got " + std::to_string(xv.cols));
+  if (!latents.is_none()) {
+    check_range(lv.as<int32_t>(), lv.cols, 0, wv.rows, "latents");
+    for (int64_t i = 1; i < lv.cols; ++i)
+      if (lv.as<int32_t>()[i] <= lv.as<int32_t>()[i - 1])
+        throw py::value_error("latents: expected strictly ascending ids, got " +
+                              std::to_string(lv.as<int32_t>()[i]) + " at position " +
+                              std::to_string(i));
+  }
+  if (screen != "fp32" && screen != "bf16")
+    throw py::value_error("screen: expected fp32 or bf16, got " + screen);
+  const Kernels& k = kernels_for(isa);
+  EncodeArgs a{};
+  a.x = xv.as<float>();
+  a.n = xv.rows;
+  a.d = xv.cols;
+  a.ldx = xv.ld;
+  a.w = wv.matrix();
+  a.bias = bv.as<float>();
+  a.latents = lv.as<int32_t>();
+  a.f = latents.is_none() ? wv.rows : lv.cols;
+  a.k = out.cols;
+  a.vals = out.as<float>();
+  a.idx = ids.as<int32_t>();
+  a.bf16_screen = screen == "bf16";
+  a.block_tokens = block_tokens;
+  a.threads = threads;
+  NonFinite found;
+  {
+    py::gil_scoped_release release;
+    found = k.encode(a);
+  }
+  const std::string token = std::to_string(found.token), latent = std::to_string(found.latent);
+  if (found.token >= 0 && found.latent >= 0)
+    throw py::value_error("expected finite pre-activations, got an overflow at token " + token +
+                          ", latent " + latent);
+  if (found.token >= 0)
+    throw py::value_error("x: expected finite values, got a non-finite one in row " + token);
+  if (found.latent >= 0)
+    throw py::value_error("W_enc, b_enc: expected finite values, got a non-finite one in latent " +
+                          latent);
+}
+
+DecodeArgs decode_args(const Pairs& codes, const View& w, const View& bias, int threads) {
+  return {codes, w.matrix(), bias.as<float>(), w.cols, threads};
+}
+
+void decode_fwd(py::object vals, py::object idx, py::object row_ptr, py::object w, py::object bias,
+                py::object out, int threads, const std::string& isa) {
+  check_threads(threads);
+  const View wv = view(w, "W_dec", FLOATS, {ANY, ANY});
+  const View ov = view(out, "out", FLOATS, {ANY, wv.cols}, OUT);
+  const View bv = optional_view(bias, "b_dec", "float32", {wv.cols});
+  check_latents(wv.rows);
+  const DecodeArgs a = decode_args(pairs(vals, idx, row_ptr, ov.rows, wv.rows), wv, bv, threads);
+  const Kernels& k = kernels_for(isa);
+  py::gil_scoped_release release;
+  k.decode_fwd(a, ov.mutable_matrix());
+}
+
+double decode_error(py::object vals, py::object idx, py::object row_ptr, py::object w,
+                    py::object bias, py::object target, py::object error, py::object reconstruction,
+                    py::object dvals, int threads, const std::string& isa) {
+  check_threads(threads);
+  const View wv = view(w, "W_dec", FLOATS, {ANY, ANY});
+  const View tv = view(target, "target", FLOATS, {ANY, wv.cols});
+  const View bv = optional_view(bias, "b_dec", "float32", {wv.cols});
+  const View ev = packed(view(error, "error", "float32", {tv.rows, wv.cols}, OUT), "error");
+  const View rv =
+      packed(optional_view(reconstruction, "reconstruction", "float32", {tv.rows, wv.cols}, OUT),
+             "reconstruction");
+  check_latents(wv.rows);
+  const DecodeArgs a = decode_args(pairs(vals, idx, row_ptr, tv.rows, wv.rows), wv, bv, threads);
+  ErrorOutputs out{ev.as<float>(), rv.as<float>(), nullptr};
+  if (!dvals.is_none())
+    out.dvals = const_cast<float*>(pairs(dvals, idx, row_ptr, tv.rows, wv.rows).vals);
+  const Kernels& k = kernels_for(isa);
+  py::gil_scoped_release release;
+  return k.decode_error(a, tv.matrix(), out);
+}
+
+void decode_bwd_vals(py::object g, py::object idx, py::object row_ptr, py::object w,
+                     py::object dvals, int threads, const std::string& isa) {
+  check_threads(threads);
+  const View wv = view(w, "W_dec", FLOATS, {ANY, ANY});
+  const View gv = view(g, "g", FLOATS, {ANY, wv.cols});
+  check_latents(wv.rows);
+  const Pairs codes = pairs(dvals, idx, row_ptr, gv.rows, wv.rows);
+  const DecodeArgs a = decode_args(codes, wv, View{}, threads);
+  const Kernels& k = kernels_for(isa);
+  py::gil_scoped_release release;
+  k.decode_bwd_vals(a, gv.matrix(), const_cast<float*>(codes.vals));
+}
+
+void build_index(py::object idx, py::object row_ptr, int64_t n_tokens, py::object latent_ptr,
+                 py::object token, py::object entry, int threads, const std::string& isa) {
+  check_threads(threads);
+  const View ptr = view(latent_ptr, "latent_ptr", "int64", {ANY}, OUT);
+  if (ptr.cols < 1) throw py::value_error("latent_ptr: expected n_latents + 1 entries, got 0");
+  check_latents(ptr.cols - 1);
+  if (n_tokens < 0)
+    throw py::value_error("n_tokens: expected at least 0, got " + std::to_string(n_tokens));
+  const Pairs codes = pairs(py::none(), idx, row_ptr, n_tokens, ptr.cols - 1);
+  const int64_t nnz = codes.row_ptr ? codes.row_ptr[n_tokens] : n_tokens * codes.k;
+  const View tv = view(token, "token", "int32", {nnz}, OUT),
+             ev = view(entry, "entry", "int32", {nnz}, OUT);
+  const IndexArgs a{codes,  ptr.cols - 1, ptr.as<int64_t>(), tv.as<int32_t>(), ev.as<int32_t>(),
+                    threads};
+  const Kernels& k = kernels_for(isa);
+  py::gil_scoped_release release;
+  k.build_index(a);
+}
+
+void row_gradients(py::object latent_ptr, py::object token, py::object entry, py::object coef,
+                   py::object src, py::object rows, py::object coef_sums, int threads,
+                   const std::string& isa) {
+  check_threads(threads);
+  const View ptr = view(latent_ptr, "latent_ptr", "int64", {ANY});
+  if (ptr.cols < 1) throw py::value_error("latent_ptr: expected n_latents + 1 entries, got 0");
+  const int64_t n_latents = ptr.cols - 1;
+  const View sv = view(src, "src", FLOATS, {ANY, ANY});
+  const View tv = view(token, "token", "int32", {ANY}),
+             ev = view(entry, "entry", "int32", {tv.cols});
+  const View cv = packed(view(coef, "coef", "float32", {ANY}), "coef");
+  const View rv = optional_view(rows, "rows", FLOATS, {n_latents, sv.cols}, OUT);
+  const View sums = optional_view(coef_sums, "coef_sums", "float32", {n_latents}, OUT);
+  const int64_t* p = ptr.as<int64_t>();
+  bool ascending = p[0] == 0 && p[n_latents] <= tv.cols;
+  for (int64_t f = 0; ascending && f < n_latents; ++f) ascending = p[f] <= p[f + 1];
+  if (!ascending)
+    throw py::value_error("latent_ptr: expected an ascending sequence from 0 to at most nnz");
+  check_range(tv.as<int32_t>(), p[n_latents], 0, sv.rows, "token");
+  check_range(ev.as<int32_t>(), p[n_latents], 0, cv.cols, "entry");
+  const RowGradientArgs a{
+      p,         tv.as<int32_t>(), ev.as<int32_t>(),    cv.as<float>(),   sv.matrix(),
+      n_latents, sv.cols,          rv.mutable_matrix(), sums.as<float>(), threads};
+  const Kernels& k = kernels_for(isa);
+  py::gil_scoped_release release;
+  k.row_gradients(a);
+}
+
+void column_sum(py::object m, py::object coef, py::object out, int threads,
+                const std::string& isa) {
+  check_threads(threads);
+  const View mv = view(m, "m", FLOATS, {ANY, ANY});
+  const View cv = optional_view(coef, "coef", "float32", {mv.rows});
+  const View ov = view(out, "out", "float32", {mv.cols}, OUT);
+  const Kernels& k = kernels_for(isa);
+  py::gil_scoped_release release;
+  k.column_sum(mv.matrix(), cv.as<float>(), mv.rows, mv.cols, ov.as<float>(), threads);
+}
+
+void project_rows(py::object grad, py::object w, int threads, const std::string& isa) {
+  check_threads(threads);
+  const View wv = view(w, "W_dec", FLOATS, {ANY, ANY});
+  const View gv = view(grad, "grad", wv.is_bf16 ? "bfloat16" : "float32", {wv.rows, wv.cols}, OUT);
+  const Kernels& k = kernels_for(isa);
+  py::gil_scoped_release release;
+  k.project_rows(gv.mutable_matrix(), wv.matrix(), wv.rows, wv.cols, threads);
+}
+
+void normalize_rows(py::object w, int threads, const std::string& isa) {
+  check_threads(threads);
+  const View wv = view(w, "W_dec", FLOATS, {ANY, ANY}, OUT);
+  const Kernels& k = kernels_for(isa);
+  py::gil_scoped_release release;
+  k.normalize_rows(wv.mutable_matrix(), wv.rows, wv.cols, threads);
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels& k : available()) names.push_back(k.isa);
+  return names;
+}
+
+}  // namespace
+}  // namespace fastsae
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastsae;
+  using py::arg;
+  m.doc() = "C++ kernels of fastsae; called by fastsae/cpu.py, which documents them.";
+  m.def("isas", &isas, "Instruction sets compiled in that this CPU can run, best first.");
+  m.def("encode", &encode, arg("x"), arg("W_enc"), arg("b_enc"), arg("latents"), arg("vals"),
+        arg("idx"), arg("screen"), arg("threads"), arg("block_tokens") = 0, arg("isa") = "");
+  m.def("decode_fwd", &decode_fwd, arg("vals"), arg("idx"), arg("row_ptr"), arg("W_dec"),
+        arg("b_dec"), arg("out"), arg("threads"), arg("isa") = "");
+  m.def("decode_error", &decode_error, arg("vals"), arg("idx"), arg("row_ptr"), arg("W_dec"),
+        arg("b_dec"), arg("target"), arg("error"), arg("reconstruction"), arg("dvals"),
+        arg("threads"), arg("isa") = "");
+  m.def("decode_bwd_vals", &decode_bwd_vals, arg("g"), arg("idx"), arg("row_ptr"), arg("W_dec"),
+        arg("dvals"), arg("threads"), arg("isa") = "");
+  m.def("build_index", &build_index, arg("idx"), arg("row_ptr"), arg("n_tokens"), arg("latent_ptr"),
+        arg("token"), arg("entry"), arg("threads"), arg("isa") = "");
+  m.def("row_gradients", &row_gradients, arg("latent_ptr"), arg("token"), arg("entry"), arg("coef"),
+        arg("src"), arg("rows"), arg("coef_sums"), arg("threads"), arg("isa") = "");
+  m.def("column_sum", &column_sum, arg("m"), arg("coef"), arg("out"), arg("threads"),
+        arg("isa") = "");
+  m.def("project_rows", &project_rows, arg("grad"), arg("W_dec"), arg("threads"), arg("isa") = "");
+  m.def("normalize_rows", &normalize_rows, arg("W_dec"), arg("threads"), arg("isa") = "");
+}

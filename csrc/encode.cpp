@@ -1,0 +1,431 @@
+// encode: vals, idx = the k largest positive h[n,i] = <x[n], W_enc[i]> + b_enc[i] of each token, in
+// the order (value descending, latent ascending), without an (n, f) matrix in memory.
+//
+// 1. Screen. Tokens lie in panels of P = 2·LANES, one token a vector lane; a tile multiplies a
+// panel with R
+//    latents in registers, over the whole width d. Nothing of the product is ever stored: each
+//    lane's sum t is compared with what its token still accepts, in the register.
+// 2. A screened sum differs from the value we emit (simd.h `dot`) by at most a margin m, from the
+// rounding
+//    of the inputs, of both summations and of underflow (`Token`, `Latent`). A token keeps every
+//    pair whose t + m reaches its threshold: the k-th largest t - m it has seen, below which no
+//    pair can be selected.
+// 3. When a token's buffer is full the threshold rises and pairs fall out; when too many remain
+// within the
+//    margin they are scored exactly, which always leaves k. So the buffer never overflows and the
+//    result is the exact top-k of the emitted values whatever the screen was.
+// 4. At the end the survivors are scored exactly, sorted and written.
+//
+// The bf16 screen rounds W_enc's rows while they are copied to L1, so there is no bf16 copy of
+// W_enc to keep.
+#include <cmath>
+
+#include "kernels.h"
+#include "pool.h"
+#include "select.h"
+#include "simd.h"
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+namespace {
+
+// R·2 accumulators, two token vectors and one broadcast fill the registers.
+#if defined(__AVX512F__)
+constexpr int R = 14;
+#elif defined(__aarch64__)
+constexpr int R = 12;
+#else
+constexpr int R = 6;
+#endif
+constexpr int P = 2 * LANES;
+
+constexpr double U = 0x1p-24;             // half an fp32 unit
+constexpr double TINY = 0x1p-126;         // below it products and bf16 inputs may be flushed
+constexpr float ROUND_UP = 1 + 0x1p-20f;  // covers the roundings of the margin itself
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+double gamma(double roundings) { return roundings * U / (1 - roundings * U); }
+
+// ---- the two screens: how a panel and a latent are packed, and their product ----
+
+struct Fp32Screen {
+  using X = float;  // panel: [d][P]
+  using W = float;
+  static int64_t x_steps(int64_t d) { return d; }
+  static double roundings(int64_t d) { return d + 2.0; }
+
+  static void pack_x(const float* x, int64_t d, X* panel, double*) {
+    for (int64_t i = 0; i < d; ++i) panel[i * P] = x[i];
+  }
+  template <class T>
+  static void pack_w(const T* w, int64_t d, W* out, float* square, float*) {
+    vec sum = {};
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES) {
+      const vec v = load(w + i);
+      store(out + i, v);
+      sum = fma(v, v, sum);
+    }
+    for (; i < d; ++i) out[i] = to_float(w[i]), sum[0] += out[i] * out[i];
+    for (int j = 0; j < LANES; ++j) *square += sum[j];
+  }
+  static FASTSAE_INLINE void tile(const X* panel, const W* w, int64_t ldw, int64_t d,
+                                  vec (&acc)[R][2]) {
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = vec{};
+    for (int64_t i = 0; i < d; ++i) {
+      const vec x0 = load(panel + i * P), x1 = load(panel + i * P + LANES);
+      for (int r = 0; r < R; ++r) {
+        const vec s = splat(w[r * ldw + i]);
+        acc[r][0] = fma(s, x0, acc[r][0]);
+        acc[r][1] = fma(s, x1, acc[r][1]);
+      }
+    }
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16Screen {
+  using X = uint32_t;  // panel: [ceil(d/2)][P], two neighbouring values of a token in each word
+  using W = bf16;
+  static int64_t x_steps(int64_t d) { return (d + 1) / 2; }
+  static double roundings(int64_t d) { return 2.0 * d + 4; }
+
+  static void pack_x(const float* x, int64_t d, X* panel, double* residual) {
+    for (int64_t i = 0; i < d; i += 2) {
+      const bf16 lo = to_bf16(x[i]), hi = i + 1 < d ? to_bf16(x[i + 1]) : 0;
+      const double r0 = double(x[i]) - to_float(lo);
+      const double r1 = i + 1 < d ? double(x[i + 1]) - to_float(hi) : 0;
+      *residual += r0 * r0 + r1 * r1;
+      panel[i / 2 * P] = lo | static_cast<uint32_t>(hi) << 16;
+    }
+  }
+  template <class T>
+  static void pack_w(const T* w, int64_t d, W* out, float* square, float* residual) {
+    vec sum = {}, rest = {};
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES) {
+      const vec v = load(w + i);
+      const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+      std::memcpy(out + i, &h, sizeof h);
+      const vec e = v - load(out + i);
+      sum = fma(v, v, sum);
+      rest = fma(e, e, rest);
+    }
+    for (; i < d; ++i) {
+      const float v = to_float(w[i]);
+      out[i] = to_bf16(v);
+      const float e = v - to_float(out[i]);
+      sum[0] += v * v;
+      rest[0] += e * e;
+    }
+    if (d % 2) out[d] = 0;
+    for (int j = 0; j < LANES; ++j) *square += sum[j], *residual += rest[j];
+  }
+  static FASTSAE_INLINE void tile(const X* panel, const W* w, int64_t ldw, int64_t d,
+                                  vec (&acc)[R][2]) {
+    __m512 a[R][2];
+    for (int r = 0; r < R; ++r) a[r][0] = a[r][1] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < (d + 1) / 2; ++i) {
+      const __m512bh x0 = (__m512bh)_mm512_load_si512(panel + i * P);
+      const __m512bh x1 = (__m512bh)_mm512_load_si512(panel + i * P + LANES);
+      for (int r = 0; r < R; ++r) {
+        int pair;
+        std::memcpy(&pair, w + r * ldw + 2 * i, sizeof pair);
+        const __m512bh s = (__m512bh)_mm512_set1_epi32(pair);
+        a[r][0] = _mm512_dpbf16_ps(a[r][0], s, x0);
+        a[r][1] = _mm512_dpbf16_ps(a[r][1], s, x1);
+      }
+    }
+    for (int r = 0; r < R; ++r) acc[r][0] = (vec)a[r][0], acc[r][1] = (vec)a[r][1];
+  }
+};
+#endif
+
+// |t - value| <= by_norm[n]·norm[i] + by_residual[n]·residual[i] + constant[i], where residual is
+// the norm of what the screen's rounding of W_enc[i] lost, and by_norm covers what it lost of x[n].
+struct Latent {
+  float norm, residual, constant, bias;
+};
+
+// One encode call with one screen and one weight type.
+template <class Screen, class T>
+class Encoder {
+  using X = typename Screen::X;
+  using W = typename Screen::W;
+
+ public:
+  explicit Encoder(const EncodeArgs& args)
+      : a(args),
+        weights(static_cast<const T*>(args.w.data)),
+        n_panels((a.n + P - 1) / P),
+        steps(Screen::x_steps(a.d)),
+        ldw((a.d + 31) / 32 * 32 +
+            32),  // odd multiples of 64 bytes apart: rows must not share L1 sets
+        slope(gamma(Screen::roundings(a.d)) + gamma(a.d / DOT_LANES + 8.0) + 4 * U),
+        capacity(smaller(a.f + 1, 2 * a.k + 96)),
+        x(n_panels * steps * P),
+        by_norm(n_panels * P),
+        by_residual(n_panels * P) {}
+
+  NonFinite run() {
+    for (int64_t i = 0; i < a.n * a.k; ++i) a.vals[i] = 0, a.idx[i] = -1;
+    if (a.n == 0 || a.f == 0 || a.k == 0) return {};
+    parallel_for(n_panels, a.threads, [&](int64_t panel, int) { pack_panel(panel); });
+    if (found.token >= 0) return found;
+
+    // A block of tokens should stay in the L2 cache while the latents pass by, but still be worth
+    // the copying of each latent. Where tokens are too few for all threads, the latents are divided
+    // too.
+    int64_t block = a.block_tokens;
+    if (block <= 0) {
+      const int64_t share = (a.n + 2 * a.threads - 1) / (2 * a.threads);
+      block = smaller(512, (int64_t{3} << 19) / (steps * static_cast<int64_t>(sizeof(X))));
+      block = smaller(block, (int64_t{4} << 20) / (capacity * Candidates::WORDS * 4));
+      block = smaller(block, larger(share, 128));
+    }
+    panels_in_block = larger(1, (block + P - 1) / P);
+    const int64_t n_blocks = (n_panels + panels_in_block - 1) / panels_in_block;
+    const int64_t n_groups = (a.f + R - 1) / R;
+    int64_t n_parts = 1;
+    if (a.threads > 1 && n_blocks < 2 * a.threads)
+      n_parts = (2 * a.threads + n_blocks - 1) / n_blocks;
+    if (n_parts > n_groups) n_parts = n_groups;
+
+    const int64_t tokens = panels_in_block * P;
+    const int64_t slots = n_parts > 1 ? n_blocks * n_parts : a.threads;
+    const int64_t words = capacity * Candidates::WORDS;
+    Buffer<float> candidates(slots * tokens * words);
+    Buffer<int64_t> counts(slots * tokens);
+    Buffer<float> thresholds(slots * tokens);
+    Buffer<W> group(a.threads * R * ldw);
+    Buffer<uint64_t> keys(a.threads * 2 * capacity * n_parts);
+
+    parallel_for(n_blocks * n_parts, a.threads, [&](int64_t task, int worker) {
+      const int64_t slot = n_parts > 1 ? task : worker;
+      Block b{task / n_parts * panels_in_block, candidates.data + slot * tokens * words,
+              counts.data + slot * tokens, thresholds.data + slot * tokens,
+              keys.data + worker * 2 * capacity * n_parts};
+      screen_block(b, part(n_groups, n_parts, task % n_parts), group.data + worker * R * ldw);
+      if (n_parts == 1)
+        for (int64_t t = 0; t < tokens && b.first_panel * P + t < a.n; ++t)
+          emit(b.first_panel * P + t, b.of(t, capacity), b.counts[t], b.keys);
+    });
+    if (n_parts > 1 && !failed()) {
+      // Each token's candidates lie in n_parts buffers: bring them together, then finish as above.
+      Buffer<float> merged(a.threads * words * n_parts);
+      parallel_for(a.n, a.threads, [&](int64_t n, int worker) {
+        Candidates all(merged.data + worker * words * n_parts, capacity * n_parts);
+        int64_t count = 0;
+        for (int64_t p = 0; p < n_parts; ++p) {
+          const int64_t at = (n / tokens * n_parts + p) * tokens + n % tokens;
+          const Candidates some(candidates.data + at * words, capacity);
+          for (int64_t i = 0; i < counts.data[at]; ++i, ++count) {
+            all.lower[count] = some.lower[i];
+            all.upper[count] = some.upper[i];
+            all.id[count] = some.id[i];
+          }
+        }
+        emit(n, all, count, keys.data + worker * 2 * capacity * n_parts);
+      });
+    }
+    return found;
+  }
+
+ private:
+  struct Block {
+    int64_t first_panel;
+    float* candidates;
+    int64_t* counts;
+    float* thresholds;
+    uint64_t* keys;  // room to sort twice a token's candidates
+    Candidates of(int64_t t, int64_t capacity) const {
+      return {candidates + t * capacity * Candidates::WORDS, capacity};
+    }
+  };
+
+  const EncodeArgs& a;
+  const T* weights;
+  const int64_t n_panels, steps, ldw;
+  const double slope;
+  const int64_t capacity;
+  int64_t panels_in_block = 0;
+  Buffer<X> x;
+  Buffer<float> by_norm, by_residual;
+  NonFinite found;
+  int found_lock = 0;
+
+  int64_t latent_id(int64_t i) const { return a.latents ? a.latents[i] : i; }
+  float bias(int64_t id) const { return a.bias ? a.bias[id] : 0.0f; }
+
+  bool failed() { return __atomic_load_n(&found_lock, __ATOMIC_ACQUIRE) == 2; }
+  void fail(int64_t token, int64_t latent) {
+    int expected = 0;
+    if (__atomic_compare_exchange_n(&found_lock, &expected, 1, false, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE)) {
+      found = {token, latent};
+      __atomic_store_n(&found_lock, 2, __ATOMIC_RELEASE);
+    }
+  }
+
+  void pack_panel(int64_t panel) {
+    X* out = x.data + panel * steps * P;
+    for (int lane = 0; lane < P; ++lane) {
+      const int64_t n = panel * P + lane;
+      if (n >= a.n) {
+        for (int64_t i = 0; i < steps; ++i) out[i * P + lane] = 0;
+        by_norm.data[n] = by_residual.data[n] = 0;
+        continue;
+      }
+      const float* row = a.x + n * a.ldx;
+      double square = 0, lost = 0;
+      for (int64_t i = 0; i < a.d; ++i) square += double(row[i]) * row[i];
+      if (!std::isfinite(square)) fail(n, -1);
+      Screen::pack_x(row, a.d, out + lane, &lost);
+      const double residual = std::sqrt(lost) + std::sqrt(double(a.d)) * TINY;
+      const double norm = std::sqrt(square) + residual;
+      by_norm.data[n] = static_cast<float>(residual + slope * norm) * ROUND_UP;
+      by_residual.data[n] = static_cast<float>(norm * (1 + slope)) * ROUND_UP;
+    }
+  }
+
+  // Copies latent i into the group's L1 buffer and measures it.
+  Latent pack_latent(int64_t i, W* out) {
+    const int64_t id = latent_id(i);
+    const T* row = weights + id * a.w.ld;
+    const float b = bias(id);
+    float square = 0, lost = 0;
+    Screen::pack_w(row, a.d, out, &square, &lost);
+    double norm2 = square, lost2 = lost;
+    if (!(norm2 < 1e37 && lost2 < 1e37)) {  // fp32 squares overflowed, or a weight is not finite
+      norm2 = 0;
+      for (int64_t j = 0; j < a.d; ++j) norm2 += double(to_float(row[j])) * to_float(row[j]);
+      lost2 = norm2 * 0x1p-16;
+    }
+    if (!std::isfinite(norm2) || !std::isfinite(b)) fail(-1, id);
+    // Squares below fp32's range count as nothing above: 2^-70 a weight covers them.
+    const double unseen = std::sqrt(double(a.d)) * 0x1p-70;
+    const double grow = 1 + a.d * 2 * U;
+    const double constant = 4 * U * std::fabs(double(b)) + 4.0 * a.d * TINY;
+    const double norm = std::sqrt(norm2) * grow + unseen,
+                 residual = std::sqrt(lost2) * grow + unseen;
+    return {clamp(norm), clamp(residual), clamp(constant), b};
+  }
+  static float clamp(double v) { return v < 3e38 ? static_cast<float>(v) * ROUND_UP : 3e38f; }
+
+  void screen_block(const Block& b, Range groups, W* group) {
+    const int64_t end_panel =
+        b.first_panel + panels_in_block < n_panels ? b.first_panel + panels_in_block : n_panels;
+    for (int64_t t = 0; t < panels_in_block * P; ++t) {
+      b.counts[t] = 0;
+      // Only positive values are kept; no pair reaches the padding lanes' threshold.
+      b.thresholds[t] = b.first_panel * P + t < a.n ? 0x1p-149f : INFINITY;
+    }
+    Latent latents[R];
+    for (int64_t g = groups.begin; g < groups.end && !failed(); ++g) {
+      const int rows = a.f - g * R < R ? static_cast<int>(a.f - g * R) : R;
+      for (int r = 0; r < R; ++r) {
+        if (r < rows)
+          latents[r] = pack_latent(g * R + r, group + r * ldw);
+        else
+          for (int64_t i = 0; i < ldw; ++i) group[r * ldw + i] = 0;
+      }
+      for (int64_t panel = b.first_panel; panel < end_panel; ++panel) {
+        vec acc[R][2];
+        Screen::tile(x.data + panel * steps * P, group, ldw, a.d, acc);
+        const int64_t t0 = (panel - b.first_panel) * P;
+        for (int half = 0; half < 2; ++half) {
+          const int64_t n = panel * P + half * LANES, t = t0 + half * LANES;
+          const vec pn = load(by_norm.data + n), pr = load(by_residual.data + n);
+          const vec threshold = load(b.thresholds + t);
+          for (int r = 0; r < rows; ++r) {
+            const Latent& l = latents[r];
+            const vec sum = acc[r][half] + splat(l.bias);
+            const vec margin =
+                fma(pn, splat(l.norm), fma(pr, splat(l.residual), splat(l.constant)));
+            uint32_t hits = not_less(sum + margin, threshold);
+            while (__builtin_expect(hits != 0, 0)) {
+              const int lane = __builtin_ctz(hits);
+              hits &= hits - 1;
+              // A NaN threshold comparison lets the padding lanes of an overflowing latent through.
+              if (n + lane < a.n)
+                push(b, t + lane, sum[lane], margin[lane],
+                     static_cast<int32_t>(latent_id(g * R + r)));
+            }
+          }
+        }
+      }
+    }
+  }
+
+  void push(const Block& b, int64_t t, float sum, float margin, int32_t id) {
+    const Candidates c = b.of(t, capacity);
+    int64_t& count = b.counts[t];
+    const float lower = sum - margin, upper = sum + margin;
+    // An overflowed sum bounds nothing: the pair is kept and scored exactly.
+    const bool finite = std::isfinite(lower) && std::isfinite(upper);
+    c.lower[count] = finite ? lower : -INFINITY;
+    c.upper[count] = finite ? upper : INFINITY;
+    c.id[count] = id;
+    if (++count < capacity) return;
+    float& threshold = b.thresholds[t];
+    threshold = raised(c.lower, count, a.k, threshold);
+    count = drop_below(c, count, threshold);
+    if (count <= a.k + (capacity - a.k) / 2) return;
+    const uint64_t* best = b.keys + count;
+    count = select_exact(b.first_panel * P + t, c, count, b.keys);
+    for (int64_t i = 0; i < count; ++i) {
+      c.lower[i] = c.upper[i] = key_value(best[i]);
+      c.id[i] = key_id(best[i]);
+    }
+    if (count == a.k && c.lower[count - 1] > threshold) threshold = c.lower[count - 1];
+  }
+
+  // Scores the candidates; best = keys + count gets the keys of the k best, in order. Returns how
+  // many.
+  int64_t select_exact(int64_t n, const Candidates& c, int64_t count, uint64_t* keys) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (i + 1 < count) __builtin_prefetch(weights + int64_t(c.id[i + 1]) * a.w.ld);
+      float value = c.lower[i];
+      if (value != c.upper[i]) {
+        value = dot(a.x + n * a.ldx, weights + int64_t(c.id[i]) * a.w.ld, a.d) + bias(c.id[i]);
+        if (!std::isfinite(value)) {
+          fail(n, c.id[i]);
+          value = -INFINITY;
+        }
+      }
+      keys[i] = order_key(value, c.id[i]);
+    }
+    return largest(keys, count, a.k, keys + count);
+  }
+
+  void emit(int64_t n, const Candidates& c, int64_t count, uint64_t* keys) {
+    count = drop_below(c, count, raised(c.lower, count, a.k, 0x1p-149f));
+    const uint64_t* best = keys + count;
+    count = select_exact(n, c, count, keys);
+    for (int64_t i = 0; i < count && key_value(best[i]) > 0; ++i) {
+      a.vals[n * a.k + i] = key_value(best[i]);
+      a.idx[n * a.k + i] = key_id(best[i]);
+    }
+  }
+};
+
+// Picks the weight type.
+template <class Screen>
+NonFinite encode_with(const EncodeArgs& args) {
+  if (args.w.is_bf16) return Encoder<Screen, bf16>(args).run();
+  return Encoder<Screen, float>(args).run();
+}
+
+}  // namespace
+
+NonFinite encode(const EncodeArgs& args) {
+#if defined(__AVX512BF16__)
+  if (args.bf16_screen) return encode_with<Bf16Screen>(args);
+#endif
+  return encode_with<Fp32Screen>(args);
+}
+
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae

@@ -1,0 +1,107 @@
+// What the op files compute: argument structs and, for each instruction set, the functions.
+// Shapes and names are those of fastsae/reference.py, which says what every function computes.
+// A matrix has unit column stride and `ld` elements from row to row. Pointers are checked by
+// bindings.cpp.
+#pragma once
+#include <cstdint>
+
+namespace fastsae {
+
+struct Matrix {  // fp32 or bf16 (as uint16_t)
+  const void* data;
+  int64_t ld;
+  bool is_bf16;
+};
+
+struct MutableMatrix {
+  void* data;
+  int64_t ld;
+  bool is_bf16;
+};
+
+struct EncodeArgs {
+  const float* x;  // (n, d) centred tokens
+  int64_t n, d, ldx;
+  Matrix w;                // (n_latents, d)
+  const float* bias;       // (n_latents) or null
+  const int32_t* latents;  // (f) ascending latent ids to choose from, or null for all
+  int64_t f;               // how many latents to choose from
+  int64_t k;
+  float* vals;   // (n, k) out
+  int32_t* idx;  // (n, k) out
+  bool bf16_screen;
+  int64_t block_tokens;  // 0: chosen here
+  int threads;
+};
+
+// What encode found instead of a result: the first non-finite row of x (token), row of W_enc or
+// entry of b_enc (latent), or a pre-activation that overflows fp32 (both); -1 where there is none.
+struct NonFinite {
+  int64_t token = -1, latent = -1;
+};
+
+// The stored pairs of a batch: row i of (n, k), or entries row_ptr[i] .. row_ptr[i+1] where row_ptr
+// is given.
+struct Pairs {
+  const float* vals;
+  const int32_t* idx;  // -1 pads
+  const int64_t* row_ptr;
+  int64_t n, k;
+};
+
+struct DecodeArgs {
+  Pairs codes;
+  Matrix w;           // (n_latents, d)
+  const float* bias;  // (d) or null
+  int64_t d;
+  int threads;
+};
+
+struct ErrorOutputs {     // contiguous
+  float* error;           // (n, d) x̂ - target
+  float* reconstruction;  // (n, d) x̂, or null
+  float* dvals;           // as codes.vals: <error[n], W_dec[idx]>, or null
+};
+
+struct IndexArgs {
+  Pairs codes;  // vals unused
+  int64_t n_latents;
+  int64_t* latent_ptr;  // (n_latents + 1) out
+  int32_t* token;  // (nnz) out: tokens of latent f at latent_ptr[f] .. latent_ptr[f+1], ascending
+  int32_t* entry;  // (nnz) out: where in vals the pair is
+  int threads;
+};
+
+struct RowGradientArgs {
+  const int64_t* latent_ptr;
+  const int32_t* token;
+  const int32_t* entry;
+  const float* coef;  // per entry
+  Matrix src;         // (n, d)
+  int64_t n_latents, d;
+  MutableMatrix rows;  // (n_latents, d) out, or data null
+  float* coef_sums;    // (n_latents) out, or null
+  int threads;
+};
+
+#define FASTSAE_DECLARE_KERNELS(ISA)                                                           \
+  namespace ISA {                                                                              \
+  NonFinite encode(const EncodeArgs&);                                                         \
+  void decode_fwd(const DecodeArgs&, MutableMatrix out);                                       \
+  double decode_error(const DecodeArgs&, Matrix target, const ErrorOutputs&);                  \
+  void decode_bwd_vals(const DecodeArgs&, Matrix g, float* dvals);                             \
+  void build_index(const IndexArgs&);                                                          \
+  void row_gradients(const RowGradientArgs&);                                                  \
+  void column_sum(Matrix m, const float* coef, int64_t n, int64_t d, float* out, int threads); \
+  void project_rows(MutableMatrix grad, Matrix w, int64_t n, int64_t d, int threads);          \
+  void normalize_rows(MutableMatrix w, int64_t n, int64_t d, int threads);                     \
+  }
+
+FASTSAE_DECLARE_KERNELS(base)
+#ifdef FASTSAE_HAS_X86_ISAS
+FASTSAE_DECLARE_KERNELS(avx2)
+FASTSAE_DECLARE_KERNELS(avx512)
+FASTSAE_DECLARE_KERNELS(avx512bf16)
+#endif
+
+}  // namespace fastsae

@@ -1,0 +1,120 @@
+// select: which candidates of one token can still be among its k best, and which are.
+#pragma once
+#include <cstdint>
+
+#include "simd.h"
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+namespace {
+
+// The buffer of one token. Pair i's value lies in [lower, upper]; it is the value where both are
+// equal.
+struct Candidates {
+  float* lower;
+  float* upper;
+  int32_t* id;
+
+  static constexpr int64_t WORDS = 3;  // of 4 bytes, for each candidate
+  Candidates(float* memory, int64_t capacity)
+      : lower(memory),
+        upper(memory + capacity),
+        id(reinterpret_cast<int32_t*>(memory + 2 * capacity)) {}
+};
+
+int64_t count_at_least(const float* v, int64_t n, float t) {
+  const vec tv = splat(t);
+  int64_t count = 0, i = 0;
+  for (; i + LANES <= n; i += LANES) count += __builtin_popcount(at_least(load(v + i), tv));
+  for (; i < n; ++i) count += v[i] >= t;
+  return count;
+}
+
+// A threshold that at least k of the n lower bounds reach, close below the k-th largest of them;
+// the old one where fewer than k reach it.
+float raised(const float* lower, int64_t n, int64_t k, float threshold) {
+  if (n < k || count_at_least(lower, n, threshold) < k) return threshold;
+  float highest = threshold;
+  for (int64_t i = 0; i < n; ++i) highest = lower[i] > highest ? lower[i] : highest;
+  for (int round = 0; round < 16; ++round) {
+    const float middle = threshold + (highest - threshold) * 0.5f;
+    if (!(middle > threshold && middle < highest)) break;
+    const int64_t count = count_at_least(lower, n, middle);
+    if (count < k) {
+      highest = middle;
+      continue;
+    }
+    threshold = middle;
+    if (count <= k + k / 16) break;
+  }
+  return threshold;
+}
+
+// Drops the candidates that cannot reach the threshold; returns how many remain, in their order.
+int64_t drop_below(const Candidates& c, int64_t n, float threshold) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float upper = c.upper[i];
+    c.lower[kept] = c.lower[i];
+    c.upper[kept] = upper;
+    c.id[kept] = c.id[i];
+    kept += upper >= threshold;
+  }
+  return kept;
+}
+
+// ---- the total order: value descending, then latent ascending, as one descending integer ----
+
+FASTSAE_INLINE uint64_t order_key(float value, int32_t id) {
+  uint32_t u;
+  std::memcpy(&u, &value, sizeof u);
+  u = u & 0x80000000u ? ~u : u | 0x80000000u;
+  return static_cast<uint64_t>(u) << 32 | static_cast<uint32_t>(~id);
+}
+FASTSAE_INLINE float key_value(uint64_t key) {
+  const uint32_t k = static_cast<uint32_t>(key >> 32), u = k & 0x80000000u ? k & 0x7fffffffu : ~k;
+  float value;
+  std::memcpy(&value, &u, sizeof value);
+  return value;
+}
+FASTSAE_INLINE int32_t key_id(uint64_t key) { return ~static_cast<int32_t>(key); }
+
+void sift_down(uint64_t* heap, int64_t i, int64_t n) {
+  const uint64_t item = heap[i];
+  for (int64_t child; (child = 2 * i + 1) < n; i = child) {
+    if (child + 1 < n && heap[child + 1] < heap[child]) ++child;
+    if (item <= heap[child]) break;
+    heap[i] = heap[child];
+  }
+  heap[i] = item;
+}
+
+// Writes the largest min(n, k) of n distinct keys to out, descending; returns how many. keys is
+// overwritten.
+int64_t largest(uint64_t* keys, int64_t n, int64_t k, uint64_t* out) {
+  const int64_t kept = n < k ? n : k;
+  if (n <= 256) {  // every key's place is the number of keys above it
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t place = 0;
+      for (int64_t j = 0; j < n; ++j) place += keys[j] > keys[i];
+      if (place < k) out[place] = keys[i];
+    }
+    return kept;
+  }
+  for (int64_t i = kept / 2; i-- > 0;) sift_down(keys, i, kept);
+  for (int64_t i = kept; i < n; ++i)
+    if (keys[i] > keys[0]) {
+      keys[0] = keys[i];
+      sift_down(keys, 0, kept);
+    }
+  for (int64_t left = kept; left > 0; --left) {
+    out[left - 1] = keys[0];
+    keys[0] = keys[left - 1];
+    sift_down(keys, 0, left - 1);
+  }
+  return kept;
+}
+
+}  // namespace
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae

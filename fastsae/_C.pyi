@@ -1,0 +1,73 @@
+from torch import Tensor
+
+def isas() -> list[str]: ...
+def encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    latents: Tensor | None,
+    vals: Tensor,
+    idx: Tensor,
+    screen: str,
+    threads: int,
+    block_tokens: int = 0,
+    isa: str = "",
+) -> None: ...
+def decode_fwd(
+    vals: Tensor,
+    idx: Tensor,
+    row_ptr: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    out: Tensor,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def decode_error(
+    vals: Tensor,
+    idx: Tensor,
+    row_ptr: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    error: Tensor,
+    reconstruction: Tensor | None,
+    dvals: Tensor | None,
+    threads: int,
+    isa: str = "",
+) -> float: ...
+def decode_bwd_vals(
+    g: Tensor,
+    idx: Tensor,
+    row_ptr: Tensor | None,
+    W_dec: Tensor,
+    dvals: Tensor,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def build_index(
+    idx: Tensor,
+    row_ptr: Tensor | None,
+    n_tokens: int,
+    latent_ptr: Tensor,
+    token: Tensor,
+    entry: Tensor,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def row_gradients(
+    latent_ptr: Tensor,
+    token: Tensor,
+    entry: Tensor,
+    coef: Tensor,
+    src: Tensor,
+    rows: Tensor | None,
+    coef_sums: Tensor | None,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def column_sum(
+    m: Tensor, coef: Tensor | None, out: Tensor, threads: int, isa: str = ""
+) -> None: ...
+def project_rows(grad: Tensor, W_dec: Tensor, threads: int, isa: str = "") -> None: ...
+def normalize_rows(W_dec: Tensor, threads: int, isa: str = "") -> None: ...

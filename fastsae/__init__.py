@@ -1,0 +1,32 @@
+"""fastsae: sparse autoencoders that do only the work that is there.
+
+    from fastsae import SAE, SAEConfig, TopK
+    sae = SAE(SAEConfig(d_in=384, d_sae=3072, selection=TopK(32)))
+    out = sae(x)                 # out.codes, out.reconstruction, out.loss
+    sae.encode(x), sae.decode(codes)
+
+`ops` holds the differentiable operations, `reference` says what each computes, `train` the trainer, `data`
+the activation sources, `metrics` what is reported.
+"""
+
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+from fastsae import cpu
+from fastsae.codes import Codes
+from fastsae.sae import SAE, SAEConfig, SAEOutput
+from fastsae.selection import Selection, TopK
+
+try:
+    __version__ = version("fastsae-engine")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "unknown"
+
+__all__ = ["SAE", "Codes", "SAEConfig", "SAEOutput", "Selection", "TopK", "__version__"]
+
+if not cpu.available():
+    warnings.warn(
+        "fastsae was built without its C++ extension fastsae._C, so CPU tensors take the slow reference "
+        "path. Install a C++ compiler (gcc or clang) and reinstall fastsae-engine.",
+        stacklevel=2,
+    )

@@ -1,0 +1,161 @@
+"""The C++ backend: one launcher for each function of ``csrc/``; check, allocate, call.
+
+Same names, arguments and results as :mod:`fastsae.reference`, for float32 and bfloat16 weights on a CPU.
+Values, errors and dvals are float32. No bit of a result depends on the number of threads, which is
+``torch.get_num_threads()``, on the blocks or on the instruction set.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from fastsae import _C
+except ImportError:  # built without a compiler; fastsae/__init__.py says so
+    _C = None
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def available() -> bool:
+    """Whether the extension was built."""
+    return _C is not None
+
+
+def isas() -> list[str]:
+    """The instruction sets built in that this CPU can run, best first; the first is used."""
+    return _C.isas()
+
+
+def screen() -> str:
+    """The product that screens pre-activations here: "bf16" where the CPU multiplies bf16, else "fp32".
+
+    Both give the same bits: a screen only decides which pairs are scored.
+    """
+    return "bf16" if isas()[0] == "avx512bf16" else "fp32"
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().float().contiguous()
+
+
+def encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    latents: Tensor | None = None,
+    **block: int | str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fastsae.reference.encode`. ``screen=``, ``block_tokens=``, ``isa=`` force what tests compare."""
+    x = x.detach().float()
+    if x.ndim == 2 and x.shape[1] > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    vals = torch.empty(x.shape[0], k, dtype=torch.float32)
+    idx = torch.empty(x.shape[0], k, dtype=torch.int32)
+    block.setdefault("screen", screen())
+    threads = torch.get_num_threads()
+    _C.encode(x, W_enc, _float(b_enc), latents, vals, idx, threads=threads, **block)
+    return vals, idx
+
+
+def decode_fwd(
+    vals: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    row_ptr: Tensor | None = None,
+) -> Tensor:
+    """:func:`fastsae.reference.decode_fwd`."""
+    n_tokens = len(idx) if row_ptr is None else len(row_ptr) - 1
+    out = torch.empty(n_tokens, W_dec.shape[1], dtype=W_dec.dtype)
+    threads = torch.get_num_threads()
+    _C.decode_fwd(vals, idx, row_ptr, W_dec, _float(b_dec), out, threads=threads)
+    return out
+
+
+def decode_bwd_vals(g: Tensor, idx: Tensor, W_dec: Tensor, row_ptr: Tensor | None = None) -> Tensor:
+    """:func:`fastsae.reference.decode_bwd_vals`."""
+    if g.ndim == 2 and g.shape[1] > 1 and g.stride(1) != 1:
+        g = g.contiguous()
+    dvals = torch.empty(idx.shape, dtype=torch.float32)
+    _C.decode_bwd_vals(g, idx, row_ptr, W_dec, dvals, threads=torch.get_num_threads())
+    return dvals
+
+
+def decode_error(
+    vals: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    row_ptr: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`fastsae.reference.decode_error`."""
+    if target.shape[1] > 1 and target.stride(1) != 1:
+        target = target.contiguous()
+    error = torch.empty(target.shape, dtype=torch.float32)
+    reconstruction = torch.empty_like(error)
+    dvals = torch.empty(idx.shape, dtype=torch.float32)
+    sse = _C.decode_error(
+        vals,
+        idx,
+        row_ptr,
+        W_dec,
+        _float(b_dec),
+        target.detach(),
+        error,
+        reconstruction,
+        dvals,
+        threads=torch.get_num_threads(),
+    )
+    return torch.tensor(sse, dtype=torch.float32), error, reconstruction, dvals
+
+
+def inverse_index(
+    idx: Tensor, n_latents: int, row_ptr: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`fastsae.reference.inverse_index`; ``token`` and ``entry`` may be longer than the pairs."""
+    n_tokens = len(idx) if row_ptr is None else len(row_ptr) - 1
+    latent_ptr = torch.empty(n_latents + 1, dtype=torch.int64)
+    token = torch.empty(idx.numel(), dtype=torch.int32)
+    entry = torch.empty_like(token)
+    threads = torch.get_num_threads()
+    _C.build_index(idx, row_ptr, n_tokens, latent_ptr, token, entry, threads=threads)
+    return latent_ptr, token, entry
+
+
+def row_gradients(
+    coef: Tensor,
+    idx: Tensor,
+    src: Tensor,
+    n_latents: int,
+    row_ptr: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fastsae.reference.row_gradients`."""
+    index = inverse_index(idx, n_latents, row_ptr)
+    rows = torch.empty(n_latents, src.shape[1], dtype=dtype)
+    sums = torch.empty(n_latents, dtype=torch.float32)
+    _C.row_gradients(*index, coef.view(-1), src, rows, sums, threads=torch.get_num_threads())
+    return rows, sums
+
+
+def column_sum(m: Tensor, coef: Tensor | None = None) -> Tensor:
+    """:func:`fastsae.reference.column_sum`."""
+    if m.shape[1] > 1 and m.stride(1) != 1:
+        m = m.contiguous()
+    out = torch.empty(m.shape[1], dtype=torch.float32)
+    _C.column_sum(m.detach(), _float(coef), out, threads=torch.get_num_threads())
+    return out
+
+
+def project_rows_(grad: Tensor, W_dec: Tensor) -> None:
+    """:func:`fastsae.reference.project_rows_`."""
+    _C.project_rows(grad, W_dec.detach(), threads=torch.get_num_threads())
+
+
+def normalize_rows_(W_dec: Tensor) -> None:
+    """:func:`fastsae.reference.normalize_rows_`."""
+    _C.normalize_rows(W_dec.detach(), threads=torch.get_num_threads())

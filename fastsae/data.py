@@ -1,0 +1,331 @@
+"""Activation sources: shuffled ``[n_tokens, d_in]`` float32 batches from a tensor or a file.
+
+    open_source(spec) ──▶ Source ──split──▶ train, holdout ──▶ Batches (endless, shuffled)
+                                                           └─▶ in_order (one pass)
+
+A ``Source`` is rows by number: a file is memory-mapped and only the rows asked for are read, so it
+may be larger than RAM. Order is decided apart from storage, by ``permutation``:
+
+* Stable: a permutation is made of the raw stream of Philox4x64-10, keyed and counted directly, and
+  of a sort of distinct integers. Both are fully specified, so the order is the same in every NumPy
+  version and on every machine. (NumPy promises this for its bit generators, not for the methods of
+  ``Generator``.) No global random state is read or changed.
+* Exact: an epoch is one permutation of all rows. A batch that reaches the end of an epoch takes its
+  remaining rows from the next one, so no row is dropped or repeated.
+* Resumable: the order of epoch e depends on (seed, e) alone, so the count of rows handed out is the
+  whole state of the stream.
+
+Whatever is wrong with the data is raised as ``ValueError`` (its content) or ``TypeError`` (its
+type), naming the file and, where there is one, the row.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import operator
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+RowIndex = npt.NDArray[np.int64]
+
+SAMPLES = ("minilm_l3", "smollm2_l11")
+_SAMPLE_DIR = Path(__file__).with_name("samples")
+
+_TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NPY_DTYPES = (np.float16, np.float32, np.float64)
+_NPY_HEADER_BYTES = 16384  # more than the longest header that NumPy itself agrees to read
+
+# Second word of the Philox key: what a permutation is for, so that the held-out split and the
+# batches made from one seed have nothing to do with each other.
+_SHUFFLE, _HOLDOUT = 1, 2
+
+
+class Batch(NamedTuple):
+    """Inputs ``x`` float32 [N, d_in] and, for a transcoder, ``target`` float32 [N, d_out]."""
+
+    x: Tensor
+    target: Tensor | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An embedded sample: see samples/README.md for its origin and licences."""
+
+    name: str
+    x: Tensor  # float32 [N, D]
+    ctx: npt.NDArray[np.uint16]  # [N, 17]: 8 tokens before, the row's own, 8 after; 65535 pads
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """``n_rows`` rows of width ``d_in``, perhaps each paired with a row of ``target``.
+
+    Made by ``open_source``. ``gather`` reads rows of the underlying data by number, in the data's
+    own dtype; ``index`` holds the numbers of the rows that belong to this source (None: all).
+    """
+
+    name: str
+    n_rows: int
+    d_in: int
+    gather: Callable[[RowIndex], Tensor]
+    index: RowIndex | None = None
+    target: Source | None = None
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is to be reconstructed: the target's, or ``d_in`` where there is none."""
+        return self.d_in if self.target is None else self.target.d_in
+
+    def rows(self, index: npt.NDArray[np.integer[Any]]) -> Tensor:
+        """Rows ``index`` (1-D, each in [0, n_rows), repeats allowed) → new float32 [len, d_in].
+
+        The result lies where the data lies: on the CPU, or on the device of the tensor.
+        ValueError: an index out of range, or a row with a value that is not finite in float32.
+        """
+        numbers = self._numbers(index)
+        x = self.gather(numbers).to(torch.float32)
+        finite = torch.isfinite(x)
+        if not finite.all():
+            bad = numbers[~finite.all(dim=1).cpu().numpy()]
+            raise ValueError(
+                f"{self.name}: row {bad.min()} holds a NaN, an infinity or a value too large for "
+                f"float32 ({len(bad)} such rows among the {len(numbers)} just read)"
+            )
+        return x
+
+    def batch(self, index: npt.NDArray[np.integer[Any]]) -> Batch:
+        """Rows ``index`` with their targets."""
+        return Batch(self.rows(index), None if self.target is None else self.target.rows(index))
+
+    def select(self, index: npt.NDArray[np.integer[Any]]) -> Source:
+        """The source of rows ``index`` only, in that order: no data is read or copied."""
+        numbers = self._numbers(index)
+        target = None if self.target is None else self.target.select(index)
+        return replace(self, n_rows=len(numbers), index=numbers, target=target)
+
+    def _numbers(self, index: npt.NDArray[np.integer[Any]]) -> RowIndex:
+        """Numbers in the underlying data of rows ``index``, which is checked."""
+        if index.ndim != 1 or index.dtype.kind not in "iu":
+            raise TypeError(f"expected a 1-D integer index, got {index.dtype} {list(index.shape)}")
+        if index.size and not 0 <= int(index.min()) <= int(index.max()) < self.n_rows:
+            raise ValueError(
+                f"{self.name}: expected row numbers in [0, {self.n_rows}), "
+                f"got {index.min()} to {index.max()}"
+            )
+        numbers = index.astype(np.int64)
+        return numbers if self.index is None else self.index[numbers]
+
+
+def load_sample(name: str) -> Sample:
+    """The embedded sample ``name`` (one of ``SAMPLES``), dequantised. ValueError: unknown name."""
+    if name not in SAMPLES:
+        raise ValueError(f"expected one of the samples {', '.join(SAMPLES)}, got {name!r}")
+    with np.load(_SAMPLE_DIR / f"{name}.npz", allow_pickle=False) as archive:
+        x = archive["q"] * archive["scale"] + archive["mean"]
+        return Sample(name, torch.from_numpy(x), archive["ctx"], json.loads(archive["meta"].item()))
+
+
+def open_source(
+    spec: Tensor | str | os.PathLike[str] | Source,
+    target: Tensor | str | os.PathLike[str] | Source | None = None,
+) -> Source:
+    """Open what ``spec`` names, with the rows of ``target`` as what is to be reconstructed.
+
+    ``spec`` is one of: a tensor [rows, D] (float16, bfloat16, float32, float64; any device); the
+    path of a C-order 2-D ``.npy`` file (float16, float32, float64), which is memory-mapped;
+    ``"sample:NAME"`` with a name of ``SAMPLES``; a ``Source``. Values are checked as they are read.
+
+    TypeError: another kind of spec or dtype. ValueError: everything else that is wrong with it, a
+    missing file included, and a target with another number of rows.
+    """
+    if isinstance(spec, Source):
+        source = spec
+    elif isinstance(spec, Tensor):
+        source = _tensor_source(spec, "tensor")
+    elif isinstance(spec, str) and spec.startswith("sample:"):
+        source = _tensor_source(load_sample(spec.removeprefix("sample:")).x, spec)
+    elif isinstance(spec, str | os.PathLike):
+        source = _npy_source(Path(spec))
+    else:
+        raise TypeError(
+            "expected a tensor, the path of a .npy file, 'sample:NAME' or a Source, "
+            f"got {type(spec).__name__}"
+        )
+    if target is None:
+        return source
+    paired = open_source(target)
+    if paired.n_rows != source.n_rows:
+        raise ValueError(
+            f"expected a target row for each of the {source.n_rows} rows of {source.name}, "
+            f"got {paired.n_rows} rows in {paired.name}"
+        )
+    return replace(source, target=paired)
+
+
+def permutation(n: int, seed: int, purpose: int = _SHUFFLE, epoch: int = 0) -> RowIndex:
+    """A uniformly random order of range(n), int64 [n]: a pure function of its arguments.
+
+    ``seed`` and ``epoch`` are in [0, 2⁶⁴). The upper bits of each sort key are random and the lower
+    bits are the row's number, so that all keys differ and any sort algorithm gives the same order.
+    Memory: 16 bytes a row while it is made, 8 after.
+    """
+    seed, epoch = _in_range("seed", seed, 0, 1 << 64), _in_range("epoch", epoch, 0, 1 << 64)
+    key = np.array([seed, purpose], dtype=np.uint64)
+    counter = np.array([0, epoch, 0, 0], dtype=np.uint64)
+    keys: npt.NDArray[np.uint64] = np.random.Philox(key=key, counter=counter).random_raw(n)
+    number_bits = np.uint64((1 << n.bit_length()) - 1)
+    keys &= ~number_bits
+    keys |= np.arange(n, dtype=np.uint64)
+    keys.sort()
+    keys &= number_bits
+    return keys.view(np.int64)
+
+
+def split(source: Source, n_holdout: int, seed: int = 0) -> tuple[Source, Source]:
+    """(train, holdout): two views of ``source`` without a row in common, together all of it.
+
+    Which rows are held out depends on ``source.n_rows``, ``n_holdout`` and ``seed`` only; each view
+    keeps them in the order of the data. ValueError: n_holdout not in [0, n_rows).
+    """
+    n_holdout = _in_range("n_holdout", n_holdout, 0, source.n_rows)
+    order = permutation(source.n_rows, seed, _HOLDOUT)
+    train, holdout = np.sort(order[n_holdout:]), np.sort(order[:n_holdout])
+    return source.select(train), source.select(holdout)
+
+
+class Batches(Iterator[Batch]):
+    """An endless stream of shuffled batches, each of exactly ``batch_size`` rows.
+
+    The stream is the concatenation of one permutation of all rows per epoch, cut every
+    ``batch_size`` rows; a batch may span any number of epochs. ``rows_seen`` is the position:
+    ``Batches(source, batch_size, seed, start=rows_seen)`` goes on with the very next row, and
+    also may go on with another batch size. A batch that raises leaves the position as it was.
+    """
+
+    def __init__(self, source: Source, batch_size: int, seed: int = 0, start: int = 0) -> None:
+        if source.n_rows == 0:
+            raise ValueError(f"{source.name}: expected at least one row to draw from, got none")
+        self.source = source
+        self.batch_size = _in_range("batch_size", batch_size, 1)
+        self.seed = _in_range("seed", seed, 0, 1 << 64)
+        self.rows_seen = _in_range("start", start, 0)
+        self._epoch = -1  # the epoch that _order belongs to
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __next__(self) -> Batch:
+        batch = self.source.batch(self._next_rows())
+        self.rows_seen += self.batch_size
+        return batch
+
+    def _next_rows(self) -> RowIndex:
+        pieces: list[RowIndex] = []
+        position, end = self.rows_seen, self.rows_seen + self.batch_size
+        while position < end:
+            epoch, offset = divmod(position, self.source.n_rows)
+            if epoch != self._epoch:
+                self._order = permutation(self.source.n_rows, self.seed, _SHUFFLE, epoch)
+                self._epoch = epoch
+            pieces.append(self._order[offset : offset + end - position])
+            position += len(pieces[-1])
+        return np.concatenate(pieces)
+
+
+def in_order(source: Source, batch_size: int) -> Iterator[Batch]:
+    """One pass over all rows in the order of the source; the last batch may be short."""
+    batch_size = _in_range("batch_size", batch_size, 1)
+    for first in range(0, source.n_rows, batch_size):
+        yield source.batch(np.arange(first, min(first + batch_size, source.n_rows)))
+
+
+def _tensor_source(x: Tensor, name: str) -> Source:
+    if x.dtype not in _TENSOR_DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    n_rows, d_in = _matrix_shape(name, tuple(x.shape))
+    x = x.detach()
+
+    def gather(numbers: RowIndex) -> Tensor:
+        return x.index_select(0, torch.from_numpy(numbers).to(x.device))
+
+    return Source(name, n_rows, d_in, gather)
+
+
+def _npy_source(path: Path) -> Source:
+    name = str(path)
+    try:
+        if not path.is_file():  # asked first: opening a named pipe would wait for its writer
+            raise ValueError(f"{name}: no such file, or not a regular file")
+        with path.open("rb") as file:
+            shape, fortran_order, dtype, offset = _npy_header(name, file)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read: {error.strerror}") from error
+    native = dtype.newbyteorder("=")
+    if native not in _NPY_DTYPES:  # object arrays end here: nothing is ever unpickled
+        raise TypeError(f"{name}: expected float16, float32 or float64, got {dtype}")
+    n_rows, d_in = _matrix_shape(name, shape)
+    if fortran_order:
+        raise ValueError(
+            f"{name}: expected C order (each row contiguous), got Fortran order; "
+            "save it with np.save(path, np.ascontiguousarray(x))"
+        )
+    row_bytes = d_in * dtype.itemsize
+    end = offset + n_rows * row_bytes
+    if len(mapped) < end:
+        raise ValueError(
+            f"{name}: truncated: {n_rows} rows of {d_in} {dtype} need {end} bytes, the file has "
+            f"{len(mapped)}; row {(len(mapped) - offset) // row_bytes} is the first incomplete one"
+        )
+    data: npt.NDArray[Any] = np.ndarray((n_rows, d_in), dtype, buffer=mapped, offset=offset)
+
+    def gather(numbers: RowIndex) -> Tensor:
+        # To touch a page beyond the end of a file that was cut short would kill the process.
+        if mapped.size() < end:
+            raise ValueError(f"{name}: cut short while in use: {mapped.size()} of {end} bytes left")
+        return torch.from_numpy(data[numbers].astype(native, copy=False))
+
+    return Source(name, n_rows, d_in, gather)
+
+
+def _npy_header(name: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """(shape, fortran_order, dtype, offset of the data), from a bounded part of the file."""
+    npy: Any = np.lib.format  # for which NumPy ships no types
+    # Version 3.0 exists for field names outside latin-1, and a matrix of floats has no fields.
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    head = io.BytesIO(file.read(_NPY_HEADER_BYTES))
+    try:
+        version = npy.read_magic(head)
+        if version not in readers:
+            raise ValueError(f"expected format version 1.0 or 2.0, got {version}")
+        shape, fortran_order, dtype = readers[version](head)
+        if not all(0 <= length < 1 << 63 for length in shape):
+            raise ValueError("the shape is out of range")
+    except Exception as error:  # whatever the parsers of literals and dtypes raise on garbage
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{name}: not a readable .npy file: {reason}") from error
+    return shape, fortran_order, dtype, head.tell()
+
+
+def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(
+            f"{name}: expected 2 dimensions [rows, width] of at least 1 each, got {list(shape)}"
+        )
+    return shape[0], shape[1]
+
+
+def _in_range(name: str, value: int, low: int, end: int | None = None) -> int:
+    if operator.index(value) < low or (end is not None and value >= end):
+        limit = "" if end is None else f" and < {end}"
+        raise ValueError(f"expected {name} >= {low}{limit}, got {value}")
+    return int(value)

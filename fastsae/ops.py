@@ -1,0 +1,381 @@
+"""The differentiable operations: thin autograd Functions over the backends.
+
+`encode` and `decode` (and `reconstruction_error`, decode fused with the squared error) accept any subset
+of inputs that require gradients. Indices are not differentiable, and neither are gradients: a second
+backward raises. Each backend call is a registered custom op with a fake kernel, so torch.compile traces
+through.
+
+Backends are "reference" (torch, any device and dtype), "cpu" (C++; float32 and bfloat16 on a CPU) and
+"triton" (decode so far). `backend=None` takes "cpu" where it can and else "reference".
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastsae import cpu, reference
+
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def choose_backend(*tensors: Tensor | None) -> str:
+    """The backend for these tensors: "cpu" if the C++ kernels take all of them, else "reference"."""
+    fits = (t is None or (t.device.type == "cpu" and t.dtype in cpu.DTYPES) for t in tensors)
+    return "cpu" if cpu.available() and all(fits) else "reference"
+
+
+def _resolve(backend: str | None, *tensors: Tensor | None) -> str:
+    if backend is None:
+        return choose_backend(*tensors)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "cpu" and not cpu.available():
+        raise RuntimeError("backend 'cpu': fastsae._C is not built; see `fastsae info`")
+    if backend == "cpu" and choose_backend(*tensors) != "cpu":
+        got = ", ".join(sorted({f"{t.dtype} on {t.device}" for t in tensors if t is not None}))
+        raise TypeError(f"backend 'cpu': expected float32 or bfloat16 tensors on a CPU, got {got}")
+    return backend
+
+
+def _kernel(backend: str, stem: str, name: str) -> Any:
+    module: ModuleType
+    if backend == "triton":
+        try:
+            module = importlib.import_module(f"fastsae.kernels.{stem}")
+            return getattr(module, name)
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise NotImplementedError(f"backend 'triton' has no {name}: {error}") from None
+    return getattr(reference if backend == "reference" else cpu, name)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ---- custom ops: one for each backend function that autograd needs ----
+
+
+@torch.library.custom_op("fastsae::encode", mutates_args=())
+def _encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, latents: Tensor | None, k: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _kernel(backend, "encode", "encode")(x, W_enc, b_enc, k, latents)
+
+
+@_encode.register_fake
+def _(x, W_enc, b_enc, latents, k, backend):  # type: ignore[no-untyped-def]
+    vals = x.new_empty(x.shape[0], k, dtype=_wide(torch.promote_types(x.dtype, W_enc.dtype)))
+    return vals, vals.new_empty(x.shape[0], k, dtype=torch.int32)
+
+
+@torch.library.custom_op("fastsae::decode", mutates_args=())
+def _decode(
+    vals: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    row_ptr: Tensor | None,
+    backend: str,
+) -> Tensor:
+    rows = {} if row_ptr is None else {"row_ptr": row_ptr}
+    return _kernel(backend, "decode", "decode_fwd")(vals, idx, W_dec, b_dec, **rows)
+
+
+@_decode.register_fake
+def _(vals, idx, W_dec, b_dec, row_ptr, backend):  # type: ignore[no-untyped-def]
+    n_tokens = idx.shape[0] if row_ptr is None else row_ptr.shape[0] - 1
+    return W_dec.new_empty(n_tokens, W_dec.shape[1])
+
+
+@torch.library.custom_op("fastsae::decode_bwd_vals", mutates_args=())
+def _decode_bwd_vals(
+    g: Tensor, idx: Tensor, W_dec: Tensor, row_ptr: Tensor | None, backend: str
+) -> Tensor:
+    rows = {} if row_ptr is None else {"row_ptr": row_ptr}
+    return _kernel(backend, "decode", "decode_bwd_vals")(g, idx, W_dec, **rows)
+
+
+@_decode_bwd_vals.register_fake
+def _(g, idx, W_dec, row_ptr, backend):  # type: ignore[no-untyped-def]
+    return W_dec.new_empty(idx.shape, dtype=_wide(W_dec.dtype))
+
+
+@torch.library.custom_op("fastsae::decode_error", mutates_args=())
+def _decode_error(
+    vals: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    row_ptr: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _kernel(backend, "decode", "decode_error")(vals, idx, W_dec, b_dec, target, row_ptr)
+
+
+@_decode_error.register_fake
+def _(vals, idx, W_dec, b_dec, target, row_ptr, backend):  # type: ignore[no-untyped-def]
+    error = W_dec.new_empty(target.shape, dtype=_wide(W_dec.dtype))
+    return error.new_empty(()), error, error.new_empty(target.shape), error.new_empty(idx.shape)
+
+
+@torch.library.custom_op("fastsae::row_gradients", mutates_args=())
+def _row_gradients(
+    coef: Tensor,
+    idx: Tensor,
+    src: Tensor,
+    n_latents: int,
+    row_ptr: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _kernel(backend, "rows", "row_gradients")(coef, idx, src, n_latents, row_ptr, dtype)
+
+
+@_row_gradients.register_fake
+def _(coef, idx, src, n_latents, row_ptr, dtype, backend):  # type: ignore[no-untyped-def]
+    rows = src.new_empty(n_latents, src.shape[1], dtype=dtype)
+    return rows, src.new_empty(n_latents, dtype=_wide(src.dtype))
+
+
+@torch.library.custom_op("fastsae::column_sum", mutates_args=())
+def _column_sum(m: Tensor, coef: Tensor | None, backend: str) -> Tensor:
+    return _kernel(backend, "rows", "column_sum")(m, coef)
+
+
+@_column_sum.register_fake
+def _(m, coef, backend):  # type: ignore[no-untyped-def]
+    return m.new_empty(m.shape[1], dtype=_wide(m.dtype))
+
+
+# ---- autograd ----
+
+
+class EncodeFunction(Function):
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, pre_bias, latents, k, backend):  # type: ignore[no-untyped-def]
+        xc = x.to(_wide(x.dtype))
+        xc = xc if pre_bias is None else xc - pre_bias
+        vals, idx = _encode(xc, W_enc, b_enc, latents, k, backend)
+        ctx.save_for_backward(xc, W_enc, idx)
+        ctx.dtypes = x.dtype, *(None if t is None else t.dtype for t in (b_enc, pre_bias))
+        ctx.backend = backend
+        ctx.mark_non_differentiable(idx)
+        ctx.set_materialize_grads(False)
+        return vals, idx
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dvals, _):  # type: ignore[no-untyped-def]
+        xc, W_enc, idx = ctx.saved_tensors
+        need_x, need_W, need_b, need_pre = ctx.needs_input_grad[:4]
+        dx = dW = db = dpre = None
+        if dvals is None:
+            return (None,) * 7
+        dvals = dvals.contiguous()
+        if need_x:
+            wide = _decode(dvals, idx, W_enc, None, None, ctx.backend)
+            dx = wide.to(ctx.dtypes[0])
+        if need_W or need_b or need_pre:
+            dW, sums = _row_gradients(dvals, idx, xc, len(W_enc), None, W_enc.dtype, ctx.backend)
+            db = sums.to(ctx.dtypes[1]) if need_b else None
+            dpre = -_column_sum(W_enc, sums, ctx.backend).to(ctx.dtypes[2]) if need_pre else None
+        return dx, dW if need_W else None, db, dpre, None, None, None
+
+
+class DecodeFunction(Function):
+    @staticmethod
+    def forward(ctx, vals, idx, W_dec, b_dec, row_ptr, backend):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(vals, idx, W_dec, row_ptr)
+        ctx.dtypes = vals.dtype, None if b_dec is None else b_dec.dtype
+        ctx.backend = backend
+        return _decode(vals, idx, W_dec, b_dec, row_ptr, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        vals, idx, W_dec, row_ptr = ctx.saved_tensors
+        return _decode_backward(ctx, ctx.dtypes, vals, idx, W_dec, row_ptr, g, None)
+
+
+def _decode_backward(ctx, dtypes, vals, idx, W_dec, row_ptr, g, dvals):  # type: ignore[no-untyped-def]
+    need_vals, _, need_W, need_b = ctx.needs_input_grad[:4]
+    dW = db = None
+    if need_vals and dvals is None:
+        dvals = _decode_bwd_vals(g, idx, W_dec, row_ptr, ctx.backend)
+    if need_W:
+        g = g.contiguous()
+        dW, _ = _row_gradients(vals, idx, g, len(W_dec), row_ptr, W_dec.dtype, ctx.backend)
+    if need_b:
+        db = _column_sum(g, None, ctx.backend).to(dtypes[1])
+    return dvals.to(dtypes[0]) if need_vals else None, None, dW, db, None, None
+
+
+class ErrorFunction(Function):
+    @staticmethod
+    def forward(ctx, vals, idx, W_dec, b_dec, target, row_ptr, backend):  # type: ignore[no-untyped-def]
+        sse, error, reconstruction, dvals = _decode_error(
+            vals, idx, W_dec, b_dec, target, row_ptr, backend
+        )
+        ctx.save_for_backward(vals, idx, W_dec, row_ptr, error, dvals)
+        ctx.dtypes = vals.dtype, None if b_dec is None else b_dec.dtype, target.dtype
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return sse, error, reconstruction
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dsse, derror, dreconstruction):  # type: ignore[no-untyped-def]
+        vals, idx, W_dec, row_ptr, error, dvals = ctx.saved_tensors
+        if derror is None and dreconstruction is None:
+            if dsse is None:
+                return (None,) * 7
+            # g = 2·dsse·error: the scalar goes to the (N, K) side of every product
+            scale = 2 * dsse
+            grads = _scaled_backward(ctx, vals, idx, W_dec, row_ptr, error, dvals, scale)
+            dtarget = -scale * error if ctx.needs_input_grad[4] else None
+        else:
+            g = error * (2 * dsse) if dsse is not None else torch.zeros_like(error)
+            dtarget = None
+            if ctx.needs_input_grad[4]:
+                dtarget = -g if derror is None else -(g + derror)
+            for part in (derror, dreconstruction):
+                g = g if part is None else g + part
+            grads = _decode_backward(ctx, ctx.dtypes, vals, idx, W_dec, row_ptr, g, None)[:4]
+        dtarget = None if dtarget is None else dtarget.to(ctx.dtypes[2])
+        return *grads, dtarget, None, None
+
+
+def _scaled_backward(ctx, vals, idx, W_dec, row_ptr, error, dvals, scale):  # type: ignore[no-untyped-def]
+    need_vals, _, need_W, need_b = ctx.needs_input_grad[:4]
+    dW = db = None
+    if need_W:
+        coef = vals * scale
+        dW, _ = _row_gradients(coef, idx, error, len(W_dec), row_ptr, W_dec.dtype, ctx.backend)
+    if need_b:
+        db = (_column_sum(error, None, ctx.backend) * scale).to(ctx.dtypes[1])
+    return (dvals * scale).to(ctx.dtypes[0]) if need_vals else None, None, dW, db
+
+
+# ---- public ----
+
+
+def _check(t: Tensor | None, name: str, shape: tuple[int | None, ...]) -> None:
+    if t is None:
+        return
+    fits = t.ndim == len(shape) and all(
+        s is None or s == n for s, n in zip(shape, t.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join("*" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(t.shape)}")
+    if not t.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
+
+
+def encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    pre_bias: Tensor | None = None,
+    *,
+    k: int,
+    latents: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k largest positive h = (x - pre_bias) W_encᵀ + b_enc of each token.
+
+    x (N, D), W_enc (F, D), b_enc (F), pre_bias (D), latents (int32, ascending ids to choose from).
+    Returns vals (N, k), float32 or float64, by value descending then latent ascending, and idx (N, k)
+    int32; -1 and 0 pad where fewer than k are positive. Exact: the values come from one fixed-order dot
+    product, on every backend up to its rounding. ValueError for wrong shapes and non-finite numbers.
+    """
+    _check(x, "x", (None, None))
+    _check(W_enc, "W_enc", (None, x.shape[1]))
+    _check(b_enc, "b_enc", (len(W_enc),))
+    _check(pre_bias, "pre_bias", (x.shape[1],))
+    if k < 0:
+        raise ValueError(f"k: expected at least 0, got {k}")
+    backend = _resolve(backend, x, W_enc, b_enc, pre_bias)
+    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, latents, k, backend)
+
+
+def _check_codes(
+    vals: Tensor, idx: Tensor, row_ptr: Tensor | None, W_dec: Tensor, b_dec: Tensor | None
+) -> None:
+    _check(W_dec, "W_dec", (None, None))
+    _check(b_dec, "b_dec", (W_dec.shape[1],))
+    if idx.dtype != torch.int32:
+        raise TypeError(f"idx: expected torch.int32, got {idx.dtype}")
+    if idx.ndim != (2 if row_ptr is None else 1):
+        raise ValueError(
+            "idx: expected (N, K), or (nnz) with row_ptr, got shape " + str(tuple(idx.shape))
+        )
+    _check(vals, "vals", tuple(idx.shape))
+
+
+def decode(
+    vals: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    row_ptr: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x̂ = b_dec + Σ vals·W_dec[idx] for each token: (N, D) in W_dec's dtype, summed in float32 or wider.
+
+    vals and idx (int32, -1 pads) are (N, K), or (nnz) with row_ptr (N+1, int64). W_dec (F, D), b_dec (D).
+    Differentiable in vals (also where a value is 0), W_dec and b_dec. IndexError for ids beyond F.
+    """
+    _check_codes(vals, idx, row_ptr, W_dec, b_dec)
+    backend = _resolve(backend, W_dec, b_dec)
+    vals = vals.to(_wide(W_dec.dtype))
+    return DecodeFunction.apply(vals.contiguous(), idx.contiguous(), W_dec, b_dec, row_ptr, backend)
+
+
+def reconstruction_error(
+    vals: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    *,
+    row_ptr: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decode and its squared error in one pass: Σ‖x̂ - target‖² (0-d), x̂ - target and x̂ (N, D).
+
+    As `decode`, and target (N, D). The sum is over the batch and the width, in a fixed order. Everything
+    returned is differentiable in vals, W_dec, b_dec and target; float32 or float64.
+    """
+    _check_codes(vals, idx, row_ptr, W_dec, b_dec)
+    n_tokens = len(idx) if row_ptr is None else len(row_ptr) - 1
+    _check(target, "target", (n_tokens, W_dec.shape[1]))
+    backend = _resolve(backend, W_dec, b_dec, target)
+    vals = vals.to(_wide(W_dec.dtype)).contiguous()
+    return ErrorFunction.apply(vals, idx.contiguous(), W_dec, b_dec, target, row_ptr, backend)
+
+
+def column_sum(m: Tensor, *, backend: str | None = None) -> Tensor:
+    """Σ of the rows of m (R, D): (D), float32 or float64, in an order that no thread count changes."""
+    _check(m, "m", (None, None))
+    return _column_sum(m.detach(), None, _resolve(backend, m))
+
+
+def project_rows_(grad: Tensor, W_dec: Tensor, *, backend: str | None = None) -> None:
+    """Removes from each row of grad (F, D) its part along the same row of W_dec, in place."""
+    _check(W_dec, "W_dec", (None, None))
+    _check(grad, "grad", tuple(W_dec.shape))
+    _kernel(_resolve(backend, grad, W_dec), "rows", "project_rows_")(grad, W_dec)
+
+
+def normalize_rows_(W_dec: Tensor, *, backend: str | None = None) -> None:
+    """Scales each row of W_dec (F, D) to norm 1, in place; a row of zeros stays."""
+    _check(W_dec, "W_dec", (None, None))
+    _kernel(_resolve(backend, W_dec), "rows", "normalize_rows_")(W_dec)

@@ -1,0 +1,186 @@
+"""The oracle: what every kernel computes, in plain torch, in any floating dtype and on any device.
+
+A token x (D) is encoded, its k best latents are selected, and decoded again::
+
+    h = W_enc x + b_enc      (F)    pre-activations; x is centred already
+    S = the k largest h_i > 0       in the order (h descending, latent id ascending)
+    x̂ = b_dec + Σ_{i in S} h_i W_dec[i]
+
+Codes of N tokens are ``vals`` and ``idx``, both (N, K), padded with value 0 and id -1; or, where the number
+of latents varies from token to token, (nnz) with ``row_ptr`` (N+1), the entries of token n being
+row_ptr[n] .. row_ptr[n+1]. ``idx`` is int32. Row i of W_enc (F, D) and of W_dec (F, D) belongs to latent i.
+
+With S held constant the gradients of a loss L are, for g = ∂L/∂x̂::
+
+    dvals = <g[n], W_dec[idx]>          dW_dec[i] = Σ vals·g[n]     db_dec = Σ_n g[n]
+    dW_enc[i] = Σ dvals·x[n]            db_enc[i] = Σ dvals         dx[n] = Σ dvals·W_enc[idx]
+
+the sums for a latent i going over the tokens n that selected it. `encode` and `decode_fwd` are also
+differentiable by torch's autograd, and agree with these formulas.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _check_finite(t: Tensor | None, name: str) -> None:
+    if t is not None and not bool(torch.isfinite(t).all()):
+        bad = int((~torch.isfinite(t)).reshape(len(t), -1).any(1).nonzero()[0])
+        raise ValueError(f"{name}: expected finite values, got a non-finite one in row {bad}")
+
+
+def encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, latents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest positive pre-activations of each token: ``vals``, ``idx``, both (N, k).
+
+    x (N, D) centred tokens, W_enc (F, D), b_enc (F) or None. ``latents`` (int32, ascending) limits the
+    choice to some latents. Fewer than k are kept where fewer are positive. vals are float64 for float64
+    inputs and float32 otherwise. ValueError where an input or a pre-activation is not finite.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, W_enc.dtype), torch.float32)
+    ids = torch.arange(len(W_enc), device=x.device) if latents is None else latents.long()
+    W, b = W_enc[ids].to(dtype), None if b_enc is None else b_enc[ids].to(dtype)
+    x = x.to(dtype)
+    _check_finite(x, "x")
+    _check_finite(W, "W_enc")
+    _check_finite(b, "b_enc")
+    h = x @ W.T if b is None else x @ W.T + b
+    _check_finite(h, "pre-activations")
+    kept = min(k, len(ids))
+    order = h.detach().sort(dim=1, descending=True, stable=True).indices[:, :kept]
+    vals = h.gather(1, order)
+    positive = vals > 0
+    vals = vals.where(positive, 0)
+    idx = ids[order].where(positive, -1).to(torch.int32)
+    pad = (0, k - kept)
+    return torch.nn.functional.pad(vals, pad), torch.nn.functional.pad(idx, pad, value=-1)
+
+
+def padded(t: Tensor, row_ptr: Tensor | None, fill: float) -> Tensor:
+    """Entries (nnz) by row_ptr as a (N, longest row) matrix; an (N, K) matrix as it is."""
+    if row_ptr is None:
+        return t
+    lengths = row_ptr.diff()
+    width = int(lengths.max()) if len(lengths) else 0
+    at = torch.arange(width, device=t.device)
+    there = at < lengths[:, None]
+    out = t.new_full((len(lengths), width), fill)
+    return out.masked_scatter(there, t)
+
+
+def decode_fwd(
+    vals: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    row_ptr: Tensor | None = None,
+) -> Tensor:
+    """x̂ (N, D), in W_dec's dtype: b_dec + Σ vals·W_dec[idx], the terms in storage order."""
+    vals, idx = padded(vals, row_ptr, 0), padded(idx, row_ptr, -1).long()
+    out = vals.new_zeros(len(idx), W_dec.shape[1])
+    if b_dec is not None:
+        out = out + b_dec.to(out.dtype)
+    for j in range(idx.shape[1]):
+        there = idx[:, j : j + 1] >= 0
+        term = vals[:, j : j + 1] * W_dec[idx[:, j].clamp(min=0)].to(out.dtype)
+        out = out + term.where(there, 0)
+    return out.to(W_dec.dtype)
+
+
+def decode_bwd_vals(g: Tensor, idx: Tensor, W_dec: Tensor, row_ptr: Tensor | None = None) -> Tensor:
+    """dvals = <g[n], W_dec[idx]>, in idx's shape; 0 for padding. g (N, D)."""
+    dtype = torch.promote_types(W_dec.dtype, torch.float32)
+    rows = padded(idx, row_ptr, -1).long()
+    columns = []
+    for j in range(rows.shape[1]):
+        dots = (g.to(dtype) * W_dec[rows[:, j].clamp(min=0)].to(dtype)).sum(1)
+        columns.append(dots.where(rows[:, j] >= 0, 0))
+    dvals = torch.stack(columns, 1) if columns else g.new_zeros(len(rows), 0, dtype=dtype)
+    if row_ptr is None:
+        return dvals
+    there = torch.arange(rows.shape[1], device=g.device) < row_ptr.diff()[:, None]
+    return dvals[there]
+
+
+def decode_error(
+    vals: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    row_ptr: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sse = Σ‖x̂ - target‖² (0-d), x̂ - target (N, D), x̂ (N, D), and dvals = <x̂ - target, W_dec[idx]>."""
+    wide = W_dec.to(torch.promote_types(W_dec.dtype, torch.float32))
+    reconstruction = decode_fwd(vals, idx, wide, b_dec, row_ptr)
+    error = reconstruction - target.to(wide.dtype)
+    dvals = decode_bwd_vals(error, idx, wide, row_ptr)
+    return error.square().sum(), error, reconstruction, dvals
+
+
+def inverse_index(
+    idx: Tensor, n_latents: int, row_ptr: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each latent its tokens: latent_ptr (n_latents+1) int64, token and entry (pairs) int32.
+
+    Latent f was selected by token[latent_ptr[f] : latent_ptr[f+1]], ascending; `entry` says where the
+    pair stands in the flattened vals.
+    """
+    if row_ptr is None:
+        n, k = idx.shape
+        token = torch.arange(n, device=idx.device).repeat_interleave(k)
+    else:
+        lengths = row_ptr.diff()
+        token = torch.arange(len(lengths), device=idx.device).repeat_interleave(lengths)
+    flat = idx.reshape(-1).long()
+    entry = flat.argsort(stable=True)
+    entry = entry[(flat[entry] >= 0)]
+    latent_ptr = torch.zeros(n_latents + 1, dtype=torch.int64, device=idx.device)
+    latent_ptr[1:] = flat[entry].bincount(minlength=n_latents).cumsum(0)
+    return latent_ptr, token[entry].to(torch.int32), entry.to(torch.int32)
+
+
+def row_gradients(
+    coef: Tensor,
+    idx: Tensor,
+    src: Tensor,
+    n_latents: int,
+    row_ptr: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Σ coef·src[n] over the tokens n of each latent (n_latents, D), in `dtype`, and Σ coef (n_latents).
+
+    With coef = vals and src = g it is dW_dec; with coef = dvals and src = x, dW_enc and db_enc.
+    """
+    _, token, entry = inverse_index(idx, n_latents, row_ptr)
+    wide = torch.promote_types(src.dtype, torch.float32)
+    flat, latent = coef.reshape(-1)[entry.long()].to(wide), idx.reshape(-1)[entry.long()].long()
+    rows = src.new_zeros(n_latents, src.shape[1], dtype=wide)
+    rows.index_add_(0, latent, flat[:, None] * src[token.long()].to(wide))
+    sums = flat.new_zeros(n_latents).index_add_(0, latent, flat)
+    return rows.to(dtype or wide), sums
+
+
+def column_sum(m: Tensor, coef: Tensor | None = None) -> Tensor:
+    """Σ_r coef[r]·m[r] (D), coef = 1 where it is None. m (R, D)."""
+    wide = m.to(torch.promote_types(m.dtype, torch.float32))
+    return wide.sum(0) if coef is None else coef.to(wide.dtype) @ wide
+
+
+def project_rows_(grad: Tensor, W_dec: Tensor) -> None:
+    """grad[i] -= <grad[i], d> d with d = W_dec[i] / ‖W_dec[i]‖: what would only change a row's norm."""
+    wide = torch.promote_types(W_dec.dtype, torch.float32)
+    W, g = W_dec.detach().to(wide), grad.to(wide)
+    square = W.square().sum(1, keepdim=True)
+    coef = ((g * W).sum(1, keepdim=True) / square).where(square > 0, 0)
+    grad.copy_(g - coef * W)
+
+
+def normalize_rows_(W_dec: Tensor) -> None:
+    """Scales every row of W_dec to norm 1; a row of zeros stays."""
+    W = W_dec.detach()
+    norm = W.to(torch.promote_types(W.dtype, torch.float32)).norm(dim=1, keepdim=True)
+    W.copy_((W / norm).where(norm > 0, W))

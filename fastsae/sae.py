@@ -1,0 +1,467 @@
+"""The sparse autoencoder: parameters, codes, losses. Training lives in train.py.
+
+    x' = s·x                       input scale (1 unless set; can be folded into the weights)
+    h  = W_enc (x' - b_dec) + b_enc
+    z  = selection(h)
+    x̂' = W_dec z + b_dec           loss = mean over tokens and width of (x' - x̂')² + auxiliary terms
+
+A transcoder predicts another activation y (D_out) from x: its input is not centred, and it may have a
+skip connection, x̂' = W_dec z + b_dec + W_skip x'.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastsae import ops
+from fastsae.codes import Codes
+from fastsae.selection import Selection, TopK
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an SAE is. ValueError where the values contradict each other."""
+
+    d_in: int
+    """Width of the activations, D."""
+    d_sae: int
+    """Number of latents, F."""
+    selection: Selection = field(default_factory=lambda: TopK(32))
+    """Which (token, latent) pairs survive."""
+    d_out: int | None = None
+    """Width of the target of a transcoder; None for an autoencoder, whose target is its input."""
+    skip: bool = False
+    """Whether a transcoder has a linear skip connection W_skip (D_out, D)."""
+    apply_b_dec_to_input: bool | None = None
+    """Whether b_dec is subtracted from the input; None: for autoencoders yes, for transcoders no."""
+    encoder_bias: bool = True
+    """Whether there is a b_enc."""
+    decoder_norm: Literal["unit", "free"] = "unit"
+    """Rows of W_dec: kept at norm 1 with their gradient projected, or free."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Of the parameters; on a CPU, float16 and float64 run on the reference backend."""
+    auxk_coef: float = 1 / 32
+    """Weight of the AuxK loss on dead latents; 0 turns it off."""
+    k_aux: int | None = None
+    """Dead latents a token in the AuxK loss; None: d_in // 2."""
+    dead_after: int = 10_000_000
+    """A latent is dead when it has not fired for this many tokens."""
+    multi_topk_coef: float = 0.0
+    """Weight of the loss with 4k latents (Multi-TopK; Gao et al. 2024 use 1/8); 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        if self.apply_b_dec_to_input is None:
+            object.__setattr__(self, "apply_b_dec_to_input", self.d_out is None)
+        for name in ("d_in", "d_sae", "d_out", "k_aux", "dead_after"):
+            value = getattr(self, name)
+            if value is None and name in ("d_out", "k_aux"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        if self.d_sae >= 2**31:
+            raise ValueError(f"d_sae: expected fewer than 2**31 latents, got {self.d_sae}")
+        if not isinstance(self.selection, Selection):
+            raise ValueError(f"selection: expected a Selection, got {self.selection!r}")
+        self.selection.check(self.d_sae)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.decoder_norm not in ("unit", "free"):
+            raise ValueError(f"decoder_norm: expected unit or free, got {self.decoder_norm!r}")
+        for name in ("auxk_coef", "multi_topk_coef"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+        if self.is_transcoder and self.apply_b_dec_to_input:
+            raise ValueError("apply_b_dec_to_input: expected False with d_out, got True")
+        if self.skip and not self.is_transcoder:
+            raise ValueError("skip: expected d_out with it (a transcoder), got none")
+        if self.multi_topk_coef and not isinstance(self.selection, TopK):
+            raise ValueError("multi_topk_coef: expected a TopK selection with it")
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.d_out is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain data for JSON."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**data, "selection": self.selection.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SAEConfig:
+        """The inverse of `to_dict`; ValueError for what it does not know or what is missing."""
+        try:
+            return cls(**{**data, "selection": Selection.from_dict(data["selection"])})
+        except KeyError as error:
+            raise ValueError(f"config: expected a field {error}, got none") from None
+        except TypeError as error:
+            raise ValueError(f"config: {error}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class SAEOutput:
+    """What an SAE makes of a batch. Losses are 0-d and in the scaled space."""
+
+    codes: Codes
+    """Of the N tokens, leading dimensions flattened."""
+    loss: Tensor
+    """What training minimises: mse + auxk_coef·auxk + multi_topk_coef·multi_topk."""
+    losses: dict[str, Tensor]
+    """The terms by name: "mse" always, "auxk" and "multi_topk" where they apply."""
+    metrics: dict[str, Tensor]
+    """"l0", the mean number of active latents a token, and in training "n_dead"."""
+    reconstruction: Tensor | None
+    """x̂ in the input's leading shape, (…, D_out); None if not asked for."""
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder or transcoder over the streaming ops.
+
+    Parameters: W_enc (F, D), b_enc (F), W_dec (F, D_out), b_dec (D_out), W_skip (D_out, D). The decoder starts
+    as random unit rows; an autoencoder's encoder starts as its copy (tied start), biases and W_skip at 0.
+    """
+
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    b_enc: nn.Parameter | None
+    W_skip: nn.Parameter | None
+    input_scale: Tensor
+    output_scale: Tensor
+    tokens_since_fired: Tensor
+
+    def __init__(
+        self,
+        config: SAEConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        d_in, d_sae, d_out = config.d_in, config.d_sae, config.d_out or config.d_in
+        dtype = DTYPES[config.dtype]
+        generator = torch.Generator().manual_seed(seed)
+
+        def unit_rows(width: int) -> nn.Parameter:
+            rows = torch.randn(d_sae, width, generator=generator)
+            ops.normalize_rows_(rows)
+            return nn.Parameter(rows.to(dtype).to(device))
+
+        self.W_dec = unit_rows(d_out)
+        self.W_enc = (
+            unit_rows(d_in) if config.is_transcoder else nn.Parameter(self.W_dec.detach().clone())
+        )
+        new = {"dtype": dtype, "device": device}
+        self.b_dec = nn.Parameter(torch.zeros(d_out, **new))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, **new)) if config.encoder_bias else None
+        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, **new)) if config.skip else None
+        self.register_buffer("input_scale", torch.ones((), device=device))
+        self.register_buffer("output_scale", torch.ones((), device=device))
+        since = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.register_buffer("tokens_since_fired", since, persistent=False)
+
+    # ---- codes ----
+
+    def _tokens(self, x: Tensor, width: int, name: str) -> Tensor:
+        if x.ndim < 1 or x.shape[-1] != width:
+            raise ValueError(f"{name}: expected shape (…, {width}), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+        return x.reshape(-1, width)
+
+    def _scaled(self, x: Tensor, name: str = "x") -> Tensor:
+        """Input tokens as the encoder and the skip connection see them."""
+        return self._tokens(x, self.config.d_in, name) * self.input_scale.to(x.dtype)
+
+    @property
+    def _pre_bias(self) -> Tensor | None:
+        return self.b_dec if self.config.apply_b_dec_to_input else None
+
+    def _select(self, x: Tensor, selection: Selection) -> Codes:
+        return selection.encode(x, self.W_enc, self.b_enc, self._pre_bias, backend=self.backend)
+
+    def encode(self, x: Tensor) -> Codes:
+        """The codes of x (…, D), its leading dimensions flattened to N tokens."""
+        return self._select(self._scaled(x), self.config.selection)
+
+    def decode(self, codes: Codes, x: Tensor | None = None) -> Tensor:
+        """The reconstruction (N, D_out) of codes; x (…, D), their input, only for a skip connection."""
+        if codes.n_latents != self.config.d_sae:
+            raise ValueError(f"codes: expected {self.config.d_sae} latents, got {codes.n_latents}")
+        out = ops.decode(
+            codes.vals,
+            codes.idx,
+            self.W_dec,
+            self.b_dec,
+            row_ptr=codes.row_ptr,
+            backend=self.backend,
+        )
+        if self.W_skip is not None:
+            if x is None:
+                raise ValueError(
+                    "x: expected the codes' input (the SAE has a skip connection), got None"
+                )
+            out = out + self._scaled(x).to(out.dtype) @ self.W_skip.T
+        return out / self._out_scale.to(out.dtype)
+
+    @property
+    def _out_scale(self) -> Tensor:
+        return self.output_scale if self.config.is_transcoder else self.input_scale
+
+    # ---- losses ----
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> SAEOutput:
+        """Codes, losses and reconstruction of x (…, D); a transcoder needs its target (…, D_out).
+
+        In training mode it also counts which latents fired and adds the AuxK loss when some are dead.
+        A transcoder without a target has a reconstruction and a loss of NaN.
+        """
+        return self.losses(x, target, reconstruct=True)
+
+    def losses(
+        self, x: Tensor, target: Tensor | None = None, *, reconstruct: bool = False
+    ) -> SAEOutput:
+        """As `forward`, without the reconstruction unless asked for: what a training step needs."""
+        c = self.config
+        tokens = self._scaled(x)
+        if c.is_transcoder:
+            if target is None:
+                target = x.new_full((*x.shape[:-1], self.b_dec.numel()), torch.nan)
+            y = self._tokens(target, self.b_dec.numel(), "target") * self.output_scale.to(
+                target.dtype
+            )
+            if len(y) != len(tokens):
+                raise ValueError(f"target: expected {len(tokens)} tokens, got {len(y)}")
+        elif target is not None:
+            raise ValueError(
+                "target: expected None for an autoencoder (set d_out for a transcoder)"
+            )
+        else:
+            y = tokens
+        skipped = None if self.W_skip is None else tokens.to(self.W_skip.dtype) @ self.W_skip.T
+        if skipped is not None:
+            y = y - skipped
+
+        multi = bool(self.training and c.multi_topk_coef)
+        if multi:
+            assert isinstance(c.selection, TopK)
+            wide = self._select(tokens, c.selection.widened(4, c.d_sae))
+            k = c.selection.k  # rows are in selection order, so their first k are the codes
+            codes = Codes(wide.vals[:, :k], wide.idx[:, :k], c.d_sae)
+        else:
+            codes = self._select(tokens, c.selection)
+        n = max(len(tokens), 1)
+        elements = n * y.shape[1]
+        sse, error, xhat = self._error(codes, self.b_dec, y)
+        loss = sse / elements
+        losses = {"mse": loss}
+        metrics = {"l0": (codes.idx >= 0).sum() / n}
+        if multi:
+            losses["multi_topk"] = self._error(wide, self.b_dec, y)[0] / elements
+            loss = loss + c.multi_topk_coef * losses["multi_topk"]
+        if self.training:
+            dead = self._count_fired(codes)
+            metrics["n_dead"] = torch.tensor(len(dead))
+            if c.auxk_coef and len(dead):
+                losses["auxk"] = self._auxk(tokens, sse.detach(), error.detach(), dead)
+                loss = loss + c.auxk_coef * losses["auxk"]
+        reconstruction = None
+        if reconstruct:
+            if skipped is not None:
+                xhat = xhat + skipped
+            xhat = (xhat / self._out_scale).to(x.dtype)
+            reconstruction = xhat.reshape(*x.shape[:-1], -1)
+        return SAEOutput(codes, loss, losses, metrics, reconstruction)
+
+    def _error(
+        self, codes: Codes, b_dec: Tensor | None, target: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.reconstruction_error(
+            codes.vals,
+            codes.idx,
+            self.W_dec,
+            b_dec,
+            target,
+            row_ptr=codes.row_ptr,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def _count_fired(self, codes: Codes) -> Tensor:
+        """Updates tokens_since_fired with this batch; returns the ids of dead latents, int32."""
+        self.tokens_since_fired += codes.n_tokens
+        fired = codes.idx[codes.idx >= 0].long()
+        self.tokens_since_fired.index_fill_(0, fired, 0)
+        dead = self.tokens_since_fired >= self.config.dead_after
+        return dead.nonzero()[:, 0].to(torch.int32)
+
+    def _auxk(self, tokens: Tensor, sse: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+        """How badly the dead latents' own top-k reconstructs what the live ones left (Gao et al. 2024).
+
+        ‖e - ê‖² / ‖e - ē‖² over the batch, with e = x - x̂ held constant, ê the decoded k_aux largest
+        positive pre-activations among dead latents (no bias), ē the batch mean of e; 0 where e is constant.
+        """
+        k = min(self.config.k_aux or max(1, self.config.d_in // 2), len(dead))
+        vals, idx = ops.encode(
+            tokens,
+            self.W_enc,
+            self.b_enc,
+            self._pre_bias,
+            k=k,
+            latents=dead,
+            backend=self.backend,
+        )
+        codes = Codes(vals, idx, self.config.d_sae)
+        aux = self._error(codes, None, -error)[0]
+        mean = ops.column_sum(error, backend=self.backend) / len(error)
+        variance = sse - len(error) * (mean * mean).sum()
+        return torch.where(variance > 0, aux / variance, 0)
+
+    # ---- the decoder's norm ----
+
+    @torch.no_grad()
+    def project_decoder_gradient_(self) -> None:
+        """With decoder_norm "unit": removes from W_dec's gradient what would only change row norms."""
+        if self.config.decoder_norm == "unit" and self.W_dec.grad is not None:
+            ops.project_rows_(self.W_dec.grad, self.W_dec, backend=self.backend)
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """With decoder_norm "unit": scales every row of W_dec back to norm 1."""
+        if self.config.decoder_norm == "unit":
+            ops.normalize_rows_(self.W_dec, backend=self.backend)
+
+    # ---- start and scale ----
+
+    @torch.no_grad()
+    def initialize_from_(
+        self,
+        x: Tensor,
+        target: Tensor | None = None,
+        *,
+        scale: bool = True,
+        b_dec: Literal["geometric_median", "mean", "zero"] = "geometric_median",
+    ) -> None:
+        """Sets the scales and b_dec from a sample of activations x (n, D) and targets (n, D_out).
+
+        With scale, the coordinates of x' = s·x have a variance of 1 on average, so that the mse is a fraction
+        of the variance and learning rates and coefficients mean the same on any data. b_dec starts at a
+        centre of the (scaled) target.
+        """
+        x = self._tokens(x, self.config.d_in, "x")
+        y = x if target is None else self._tokens(target, self.b_dec.numel(), "target")
+        if self.config.is_transcoder and target is None:
+            raise ValueError("target: expected a sample of targets for a transcoder, got None")
+        if scale:
+            for t, buffer in ((x, self.input_scale), (y, self.output_scale)):
+                deviation = t.float() - _mean(t, self.backend)
+                variance = float(ops.column_sum(deviation * deviation).double().mean()) / len(t)
+                if variance > 0:
+                    buffer.fill_(variance**-0.5)
+        y = y.float() * self._out_scale
+        if b_dec == "geometric_median":
+            self.b_dec.copy_(geometric_median(y, backend=self.backend))
+        elif b_dec == "mean":
+            self.b_dec.copy_(_mean(y, self.backend))
+        elif b_dec != "zero":
+            raise ValueError(f"b_dec: expected geometric_median, mean or zero, got {b_dec!r}")
+
+    @torch.no_grad()
+    def fold_scale_(self) -> SAE:
+        """Folds the scales into the weights: same reconstruction, scales of 1. Returns self.
+
+        An autoencoder's activations shrink by its scale s (b_enc/s, b_dec/s); a transcoder's by its input's.
+        """
+        s_in, s_out = self.input_scale.double(), self._out_scale.double()
+        for p, factor in (
+            (self.b_enc, 1 / s_in),
+            (self.b_dec, 1 / s_out),
+            (self.W_dec, s_in / s_out),
+            (self.W_skip, s_in / s_out),
+        ):
+            if p is not None and factor != 1:
+                p.mul_(factor.to(p.device, torch.float32))
+        self.input_scale.fill_(1)
+        self.output_scale.fill_(1)
+        return self
+
+    # ---- files ----
+
+    def save(self, folder: str | Path) -> None:
+        """Writes config.json and sae.safetensors; each appears whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, config = folder / "sae.safetensors", folder / "config.json"
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        save_file(tensors, f"{weights}.tmp")
+        Path(f"{config}.tmp").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        os.replace(f"{weights}.tmp", weights)
+        os.replace(f"{config}.tmp", config)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: torch.device | str | None = None) -> SAE:
+        """The SAE that `save` wrote. ValueError names the file and what is wrong with it."""
+        folder = Path(folder)
+        for name in ("config.json", "sae.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder}: expected a file {name}, got none")
+        try:
+            config = SAEConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        try:
+            tensors = load_file(folder / "sae.safetensors")
+        except Exception as error:
+            raise ValueError(f"{folder / 'sae.safetensors'}: {error}") from None
+        sae = cls(config, device=device)
+        try:
+            sae.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{folder / 'sae.safetensors'}: {error}") from None
+        return sae
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in asdict(self.config).items())
+
+
+def _mean(x: Tensor, backend: str | None = None) -> Tensor:
+    return ops.column_sum(x, backend=backend) / max(len(x), 1)
+
+
+def geometric_median(
+    x: Tensor, *, max_steps: int = 100, tolerance: float = 1e-5, backend: str | None = None
+) -> Tensor:
+    """The point with the least mean distance to the rows of x (n, D), by Weiszfeld's iteration.
+
+    Starts at the mean; stops when a step is shorter than `tolerance` times the median's own mean distance
+    to the rows, or after max_steps. float32 (D).
+    """
+    x = x.float()
+    centre = _mean(x, backend)
+    for _ in range(max_steps):
+        distance = torch.linalg.vector_norm(x - centre, dim=1)
+        weight = 1 / distance.clamp(min=1e-12)
+        total = float(weight.double().cpu().numpy().sum())
+        step = ops.column_sum((x - centre) * weight[:, None], backend=backend) / total
+        centre = centre + step
+        if float(step.norm()) <= tolerance * len(x) / total:
+            break
+    return centre

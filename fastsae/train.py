@@ -1,0 +1,248 @@
+"""The trainer: one loop over batches of activations.
+
+A step is: forward (centring, encode, decode, losses, dead tracking) → backward → project the decoder's gradient →
+clip → Adam → unit rows. Everything else here is bookkeeping around it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsae import metrics
+from fastsae.data import Batch, Batches, Source, in_order
+from fastsae.sae import SAE, SAEOutput
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an SAE is trained."""
+
+    steps: int = 1000
+    """Number of optimiser steps."""
+    batch_size: int = 1024
+    """Tokens a step."""
+    lr: float | None = None
+    """Peak learning rate of Adam; None: 2e-4 / sqrt(d_sae / 16384), as in Gao et al. 2024."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises linearly from 0; None: a tenth of the steps, at most 1000."""
+    decay_fraction: float = 0.2
+    """Share of the steps, the last ones, over which it falls linearly to 0."""
+    beta1: float = 0.9
+    """Adam's decay of the mean gradient."""
+    beta2: float = 0.999
+    """Adam's decay of the mean squared gradient."""
+    eps: float = 6.25e-10
+    """Added to Adam's denominator (the gradient of a mean over tokens and width is small)."""
+    clip: float | None = None
+    """Largest global gradient norm; None: no clipping."""
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+    scale: bool = True
+    """Scale the activations to a mean variance of 1 a coordinate (measured on init_rows rows)."""
+    b_dec: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    """Where b_dec starts."""
+    init_rows: int = 8192
+    """Training rows that the scale and b_dec are measured on."""
+    log_every: int = 50
+    """Steps between lines of log.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "init_rows", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps: expected a finite number above 0, got {self.eps}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(
+                f"decay_fraction: expected a number in [0, 1], got {self.decay_fraction}"
+            )
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: expected at least 0, got {self.warmup_steps}")
+
+    def lr_factor(self, step: int) -> float:
+        """What the peak learning rate is multiplied with at a step, counted from 0."""
+        warmup = min(self.steps // 10, 1000) if self.warmup_steps is None else self.warmup_steps
+        up = (step + 1) / warmup if step < warmup else 1.0
+        decay = self.decay_fraction * self.steps
+        down = (self.steps - step) / decay if self.steps - step < decay else 1.0
+        return min(up, down)
+
+
+class Trainer:
+    """Trains an SAE on a source of activations.
+
+    With `out`, log.jsonl grows there line by line and the weights are saved at the end.
+    """
+
+    def __init__(
+        self, sae: SAE, source: Source, config: TrainConfig, *, out: str | Path | None = None
+    ) -> None:
+        if source.d_in != sae.config.d_in:
+            raise ValueError(f"{source.name}: expected width {sae.config.d_in}, got {source.d_in}")
+        if (source.d_out if source.target else None) != sae.config.d_out:
+            raise ValueError(
+                f"{source.name}: expected targets of width {sae.config.d_out}, "
+                f"got {source.d_out if source.target else None}"
+            )
+        self.sae, self.source, self.config = sae, source, config
+        self.out = None if out is None else Path(out)
+        self.lr = config.lr or 2e-4 / math.sqrt(sae.config.d_sae / 2**14)
+        self.optimizer = torch.optim.Adam(
+            sae.parameters(),
+            lr=self.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+        self.step_count = 0
+
+    def initialize(self) -> None:
+        """Measures scale and b_dec on the first training rows in their shuffled order."""
+        n = min(self.config.init_rows, self.source.n_rows)
+        x, target = next(Batches(self.source, n, self.config.seed))
+        sae = self.sae
+        device = sae.W_dec.device
+        target = None if target is None else target.to(device)
+        sae.initialize_from_(x.to(device), target, scale=self.config.scale, b_dec=self.config.b_dec)
+
+    def step(self, batch: Batch) -> SAEOutput:
+        """One optimiser step; returns what the SAE made of the batch before it."""
+        sae, optimizer = self.sae, self.optimizer
+        sae.train()
+        device = sae.W_dec.device
+        target = None if batch.target is None else batch.target.to(device)
+        output = sae.losses(batch.x.to(device), target)
+        optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        sae.project_decoder_gradient_()
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * self.config.lr_factor(self.step_count)
+        optimizer.step()
+        sae.normalize_decoder_()
+        self.step_count += 1
+        return output
+
+    def run(
+        self, *, progress: bool = True, on_step: Callable[[int, SAEOutput], None] | None = None
+    ) -> dict[str, float]:
+        """Initialises, trains config.steps steps and returns train_seconds and tokens_per_s."""
+        start = time.perf_counter()
+        log = None
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            log = (self.out / "log.jsonl").open("w")
+            settings = {"sae": self.sae.config.to_dict(), "train": asdict(self.config)}
+            log.write(json.dumps({"config": settings}) + "\n")
+        try:
+            self.initialize()
+            batches = Batches(self.source, self.config.batch_size, self.config.seed)
+            with tqdm(total=self.config.steps, disable=not progress, unit="step") as bar:
+                while self.step_count < self.config.steps:
+                    output = self.step(next(batches))
+                    if on_step is not None:
+                        on_step(self.step_count, output)
+                    bar.update()
+                    if (
+                        self.step_count % self.config.log_every
+                        and self.step_count < self.config.steps
+                    ):
+                        continue
+                    line = self._log_line(output, time.perf_counter() - start)
+                    if not math.isfinite(line["loss"]):
+                        raise FloatingPointError(
+                            f"step {self.step_count}: expected a finite loss, got {line['loss']}; "
+                            "a lower learning rate usually helps"
+                        )
+                    bar.set_postfix(loss=f"{line['loss']:.4f}", dead=line["n_dead"])
+                    if log is not None:
+                        log.write(json.dumps(line) + "\n")
+                        log.flush()
+        finally:
+            if log is not None:
+                log.close()
+        seconds = time.perf_counter() - start
+        if self.out is not None:
+            self.sae.save(self.out)
+        tokens = self.config.steps * self.config.batch_size
+        return {"train_seconds": seconds, "tokens_per_s": tokens / seconds}
+
+    def _log_line(self, output: SAEOutput, seconds: float) -> dict[str, Any]:
+        tokens = self.step_count * self.config.batch_size
+        return {
+            "step": self.step_count,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": float(output.loss.detach()),
+            **{name: float(value.detach()) for name, value in output.losses.items()},
+            "l0": float(output.metrics["l0"]),
+            "n_dead": int(output.metrics["n_dead"]),
+            "tokens_per_s": tokens / seconds,
+        }
+
+
+@torch.no_grad()
+def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, float]:
+    """One pass over a source: fvu, explained_variance, l0 and dead_share.
+
+    fvu = Σ‖e‖² / Σ‖y - ȳ‖² over all rows (y = x, or a transcoder's target), explained_variance = 1 - fvu,
+    l0 the mean number of active latents a row, dead_share the share of latents that no row activates.
+    """
+    was_training = sae.training
+    sae.eval()
+    fvu = metrics.FVU()
+    fired = torch.zeros(sae.config.d_sae, dtype=torch.int64)
+    device = sae.W_dec.device
+    for x, target in in_order(source, batch_size):
+        x = x.to(device)
+        codes = sae.encode(x)
+        fvu.update(x if target is None else target, sae.decode(codes, x))
+        fired += codes.firing_counts().to("cpu")
+    sae.train(was_training)
+    return {
+        "fvu": fvu.value,
+        "explained_variance": fvu.explained_variance,
+        "l0": metrics.l0(fired, source.n_rows),
+        "dead_share": metrics.dead_share(fired),
+    }
+
+
+def product_seconds(x: Tensor, W_enc: Tensor, repeats: int = 5) -> float:
+    """Seconds of one dense encoder product, torch.mm(x, W_encᵀ) in float32: the unit of every ratio.
+
+    The fastest of `repeats` runs, whole or in blocks of 4096 latents (whole only where the (N, F) result
+    stays under 2 GiB), into memory already touched.
+    """
+    x, W = x.float(), W_enc.detach().float()
+    widths = {min(4096, len(W))}
+    if len(x) * len(W) * 4 < 2**31:
+        widths.add(len(W))
+    best = math.inf
+    for width in widths:
+        out = torch.zeros(len(x), width)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for i in range(0, len(W), width):
+                block = W[i : i + width]
+                torch.mm(x, block.T, out=out[:, : len(block)] if len(block) < width else out)
+            best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,539 @@
+"""Sources, the held-out split, and the exactness, stability and resumption of shuffled batches."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastsae.data import SAMPLES, Batches, Source, in_order, load_sample, open_source, split
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def numbered(n_rows: int, target: bool = False) -> Source:
+    """A source whose row i is [i, -i], so that a batch tells which rows it holds."""
+    x = torch.arange(n_rows, dtype=torch.float64)[:, None] * torch.tensor([1.0, -1.0])
+    return open_source(x, target=1000 + x if target else None)
+
+
+def numbers(x: torch.Tensor) -> list[int]:
+    return [int(value) for value in x[:, 0]]
+
+
+def draw(source: Source, batch_size: int, n_batches: int, seed: int = 0, start: int = 0) -> list:
+    batches = Batches(source, batch_size, seed, start)
+    return [n for batch in itertools.islice(batches, n_batches) for n in numbers(batch.x)]
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    np.save(path, array)
+    return path
+
+
+# Shuffled batches
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 7, 64, 65])
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 64, 200])
+def test_every_epoch_has_every_row_once(n_rows: int, batch_size: int) -> None:
+    n_epochs = 5
+    stream = draw(numbered(n_rows), batch_size, -(-n_epochs * n_rows // batch_size))
+    for epoch in range(n_epochs):
+        assert sorted(stream[epoch * n_rows : (epoch + 1) * n_rows]) == list(range(n_rows))
+
+
+def test_epochs_and_seeds_have_their_own_orders() -> None:
+    stream = draw(numbered(100), 100, 3)
+    orders = [stream[:100], stream[100:200], stream[200:], draw(numbered(100), 100, 1, seed=1)]
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+
+
+def test_stream_does_not_depend_on_batch_size() -> None:
+    whole = draw(numbered(50), 175, 1)
+    for batch_size in (1, 7, 25, 35):
+        assert draw(numbered(50), batch_size, 175 // batch_size) == whole
+
+
+@pytest.mark.parametrize("start", [0, 1, 9, 10, 11, 20, 29])
+def test_stream_resumes_from_rows_seen(start: int) -> None:
+    assert (
+        draw(numbered(10), 3, 5, seed=4, start=start) == draw(numbered(10), 1, 60, 4)[start:][:15]
+    )
+
+
+def test_rows_seen_is_the_position_and_a_failed_batch_does_not_move_it() -> None:
+    x = torch.zeros(10, 2)
+    batches = Batches(open_source(x), 4)
+    next(batches)
+    assert batches.rows_seen == 4
+    x[:] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        next(batches)
+    assert batches.rows_seen == 4
+    x[:] = torch.arange(10.0)[:, None]
+    assert numbers(next(batches).x) == draw(numbered(10), 4, 1, start=4)
+    assert batches.rows_seen == 8
+
+
+def test_order_is_pinned() -> None:
+    """A changed shuffle would silently change every run that is resumed or repeated."""
+    source = numbered(10)
+    assert draw(source, 10, 1) == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
+    assert draw(source, 10, 1, start=10) == [3, 5, 2, 7, 4, 6, 8, 9, 1, 0]
+    assert draw(numbered(1_000_003), 4, 1, seed=2**63 + 5) == [34868, 303644, 244582, 178892]
+    train, holdout = split(source, 3)
+    assert numbers(holdout.rows(np.arange(3))) == [2, 6, 7]
+    assert draw(train, 7, 1) == [8, 4, 3, 5, 1, 0, 9]
+
+
+def test_global_random_state_is_neither_read_nor_changed() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    torch_state, numpy_state = torch.get_rng_state(), str(np.random.get_state())
+    first = draw(split(numbered(100), 10)[0], 8, 20)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert str(np.random.get_state()) == numpy_state
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert draw(split(numbered(100), 10)[0], 8, 20) == first
+
+
+def test_shuffle_is_uniform() -> None:
+    """Position of row 0 over 3,000 epochs: χ² with 7 degrees of freedom is below 30 (p = 1e-4)."""
+    stream = np.array(draw(numbered(8), 8, 3000)).reshape(3000, 8)
+    counts = np.bincount(np.argmax(stream == 0, axis=1), minlength=8)
+    assert ((counts - 375) ** 2 / 375).sum() < 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "expected batch_size >= 1, got 0"),
+        ({"batch_size": 4, "start": -1}, "expected start >= 0, got -1"),
+        ({"batch_size": 4, "seed": -1}, "expected seed >= 0 and < 18446744073709551616, got -1"),
+        ({"batch_size": 4, "seed": 2**64}, "expected seed >= 0"),
+    ],
+)
+def test_batches_refuse_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Batches(numbered(10), **arguments)
+
+
+def test_batches_need_rows_and_integers() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        Batches(split(numbered(10), 0)[1], 4)
+    with pytest.raises(TypeError):
+        Batches(numbered(10), 4.0)  # type: ignore[arg-type]
+
+
+# One pass in order
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(4, [4, 4, 2]), (5, [5, 5]), (99, [10])])
+def test_in_order_is_one_pass_with_a_short_end(batch_size: int, sizes: list[int]) -> None:
+    batches = list(in_order(numbered(10), batch_size))
+    assert [len(batch.x) for batch in batches] == sizes
+    assert [n for batch in batches for n in numbers(batch.x)] == list(range(10))
+
+
+def test_in_order_refuses_an_empty_batch() -> None:
+    with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
+        next(in_order(numbered(10), 0))
+
+
+# The held-out split
+
+
+@pytest.mark.parametrize("n_holdout", [0, 1, 50, 99])
+def test_split_parts_are_disjoint_whole_and_in_the_order_of_the_data(n_holdout: int) -> None:
+    source = numbered(100)
+    train, holdout = split(source, n_holdout)
+    rows = [numbers(part.rows(np.arange(part.n_rows))) for part in (train, holdout)]
+    assert (train.n_rows, holdout.n_rows) == (100 - n_holdout, n_holdout)
+    assert rows == [sorted(rows[0]), sorted(rows[1])]
+    assert sorted(rows[0] + rows[1]) == list(range(100))
+
+
+def test_split_depends_on_its_seed_and_not_on_the_data() -> None:
+    def held_out(source: Source, seed: int) -> list[int]:
+        index = split(source, 20, seed)[1].index
+        assert index is not None
+        return index.tolist()
+
+    assert held_out(numbered(100), 0) == held_out(open_source(torch.ones(100, 7)), 0)
+    assert held_out(numbered(100), 0) != held_out(numbered(100), 1)
+
+
+@pytest.mark.parametrize("n_holdout", [-1, 10, 11])
+def test_split_leaves_rows_to_train_on(n_holdout: int) -> None:
+    with pytest.raises(ValueError, match=rf"expected n_holdout >= 0 and < 10, got {n_holdout}"):
+        split(numbered(10), n_holdout)
+
+
+def test_split_of_a_split_and_its_batches() -> None:
+    train, _ = split(numbered(100), 30)
+    inner, validation = split(train, 20, seed=1)
+    outer_rows = set(numbers(train.rows(np.arange(70))))
+    inner_rows = set(draw(inner, 50, 1))
+    validation_rows = set(numbers(validation.rows(np.arange(20))))
+    assert inner_rows | validation_rows == outer_rows
+    assert not inner_rows & validation_rows
+
+
+# Paired targets
+
+
+def test_targets_stay_with_their_rows() -> None:
+    source = numbered(50, target=True)
+    train, holdout = split(source, 10)
+    batches = [*itertools.islice(Batches(train, 16), 6), *in_order(holdout, 4)]
+    for batch in batches:
+        assert batch.target is not None
+        torch.testing.assert_close(batch.target, 1000 + batch.x, rtol=0, atol=0)
+
+
+def test_target_may_have_another_width_but_not_another_length() -> None:
+    source = open_source(torch.zeros(10, 3), target=torch.zeros(10, 5))
+    assert (source.d_in, source.d_out) == (3, 5)
+    assert open_source(torch.zeros(10, 3)).d_out == 3
+    with pytest.raises(ValueError, match="each of the 10 rows of tensor, got 9 rows in tensor"):
+        open_source(torch.zeros(10, 3), target=torch.zeros(9, 3))
+
+
+def test_an_opened_source_can_be_given_a_target() -> None:
+    source = open_source(numbered(10), target=numbered(10))
+    batch = source.batch(np.array([3, 1]))
+    assert batch.target is not None
+    assert numbers(batch.target) == numbers(batch.x) == [3, 1]
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tensor_rows_are_exact_float32_copies(dtype: torch.dtype) -> None:
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    source = open_source(x.requires_grad_())
+    index = np.array([19, 0, 7, 7])
+    rows = source.rows(index)
+    assert (source.n_rows, source.d_in, rows.dtype) == (20, 6, torch.float32)
+    assert not rows.requires_grad
+    assert torch.equal(rows, x.detach()[[19, 0, 7, 7]].float())
+    rows.zero_()
+    assert not torch.equal(source.rows(index), rows)
+
+
+def test_tensor_may_be_strided() -> None:
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(open_source(x.T).rows(np.arange(20)), x.T)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(4), ValueError, r"expected 2 dimensions .*, got \[4\]"),
+        (torch.zeros(2, 3, 4), ValueError, r"got \[2, 3, 4\]"),
+        (torch.zeros(0, 4), ValueError, r"at least 1 each, got \[0, 4\]"),
+        (torch.zeros(4, 0), ValueError, r"at least 1 each, got \[4, 0\]"),
+        (torch.zeros(4, 4, dtype=torch.int64), TypeError, "expected float16, .*, got torch.int64"),
+        (torch.zeros(4, 4, dtype=torch.complex64), TypeError, "got torch.complex64"),
+        ([[1.0]], TypeError, "expected a tensor, the path of a .npy file, .*, got list"),
+    ],
+)
+def test_bad_tensors_are_refused(x: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        open_source(x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (np.array([0, 10]), ValueError, r"expected row numbers in \[0, 10\), got 0 to 10"),
+        (np.array([-1]), ValueError, "got -1 to -1"),
+        (np.array([0.0]), TypeError, "expected a 1-D integer index, got float64"),
+        (np.array([[0]]), TypeError, r"got int64 \[1, 1\]"),
+        (np.ones(10, dtype=bool), TypeError, "got bool"),
+    ],
+)
+def test_bad_row_numbers_are_refused(
+    index: np.ndarray, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        numbered(10).rows(index)
+
+
+# .npy files
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_npy_rows_are_exact(tmp_path: Path, dtype: str, as_text: bool) -> None:
+    x = np.random.default_rng(0).normal(size=(20, 6)).astype(dtype)
+    path = save(tmp_path / "x.npy", x)
+    source = open_source(str(path) if as_text else path)
+    rows = source.rows(np.array([19, 0, 7, 7]))
+    assert (source.n_rows, source.d_in, rows.dtype) == (20, 6, torch.float32)
+    assert np.array_equal(rows.numpy(), x[[19, 0, 7, 7]].astype(np.float32))
+
+
+def test_every_finite_float16_is_read_exactly(tmp_path: Path) -> None:
+    x = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    x = x[np.isfinite(x)][:, None]
+    rows = open_source(save(tmp_path / "x.npy", x)).rows(np.arange(len(x))).numpy()
+    assert np.array_equal(rows.view(np.uint32), x.astype(np.float32).view(np.uint32))
+
+
+def test_npy_header_of_version_2(tmp_path: Path) -> None:
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.lib.format.write_array(file, np.eye(3, dtype=np.float32), version=(2, 0))
+    assert torch.equal(open_source(tmp_path / "x.npy").rows(np.arange(3)), torch.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("array", "error", "message"),
+    [
+        (np.zeros(4), ValueError, r"expected 2 dimensions .*, got \[4\]"),
+        (np.zeros((2, 3, 4)), ValueError, r"got \[2, 3, 4\]"),
+        (np.zeros((0, 4)), ValueError, r"at least 1 each, got \[0, 4\]"),
+        (np.zeros((4, 0)), ValueError, r"at least 1 each, got \[4, 0\]"),
+        (np.zeros((4, 4), np.int8), TypeError, "expected float16, float32 or float64, got int8"),
+        (np.zeros((4, 4), np.complex64), TypeError, "got complex64"),
+        (np.zeros((4, 4), [("x", "<f4")]), TypeError, "got .*'x'"),
+        (np.array([["a", None]]), TypeError, "got object"),
+        (np.asfortranarray(np.ones((4, 3))), ValueError, "expected C order .*, got Fortran order"),
+    ],
+)
+def test_bad_arrays_are_refused(
+    tmp_path: Path, array: np.ndarray, error: type[Exception], message: str
+) -> None:
+    path = save(tmp_path / "x.npy", array)
+    with pytest.raises(error, match=message) as raised:
+        open_source(path)
+    assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_object_arrays_are_never_unpickled(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    path = save(tmp_path / "x.npy", np.array([[Bomb()]], dtype=object))
+    with pytest.raises(TypeError, match="got object"):
+        open_source(path)
+    assert not (tmp_path / "exploded").exists()
+    np.load(path, allow_pickle=True)
+    assert (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(("lost_bytes", "row"), [(1, 9), (24, 9), (25, 8), (240, 0)])
+def test_truncated_npy_names_the_first_incomplete_row(
+    tmp_path: Path, lost_bytes: int, row: int
+) -> None:
+    path = save(tmp_path / "x.npy", np.zeros((10, 6), dtype=np.float32))
+    size = path.stat().st_size
+    os.truncate(path, size - lost_bytes)
+    with pytest.raises(ValueError) as raised:
+        open_source(path)
+    assert str(raised.value) == (
+        f"{path}: truncated: 10 rows of 6 float32 need {size} bytes, the file has "
+        f"{size - lost_bytes}; row {row} is the first incomplete one"
+    )
+
+
+def npy_with_shape(shape: str) -> bytes:
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a readable .npy file: EOF"),
+        (b"\x93NUMPY\x01\x00", "not a readable .npy file: EOF"),
+        (b"PK\x03\x04" + bytes(100), "not a readable .npy file: the magic string"),
+        (b"\x93NUMPY\x03\x00" + bytes(100), "expected format version 1.0 or 2.0"),
+        (b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(100), "EOF: reading array header"),
+        (npy_with_shape("(-1, 4)"), "the shape is out of range"),
+        (npy_with_shape("(4611686018427387904, 4)"), "truncated"),
+        (npy_with_shape("(0x" + "f" * 8000 + ", 4)"), "the shape is out of range"),
+        (npy_with_shape("'many'"), "shape is not valid"),
+    ],
+)
+def test_malformed_files_are_refused_in_one_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "x.npy"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as raised:
+        open_source(path)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert message in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+GOOD_FILE = npy_with_shape("(10, 6)") + np.arange(60, dtype=np.float32).tobytes()
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    edits=st.dictionaries(st.integers(0, 80), st.integers(0, 255), max_size=4),
+    cut=st.none() | st.integers(0, len(GOOD_FILE)),
+)
+def test_damaged_files_raise_nothing_else(
+    tmp_path: Path, edits: dict[int, int], cut: int | None
+) -> None:
+    damaged = bytearray(GOOD_FILE)
+    for position, byte in edits.items():
+        damaged[position] = byte
+    path = tmp_path / "x.npy"
+    path.write_bytes(damaged[:cut])
+    try:
+        source = open_source(path)
+        source.rows(np.arange(source.n_rows))
+    except (ValueError, TypeError) as error:
+        assert str(error).startswith(f"{path}: ")
+        assert len(str(error).splitlines()) == 1
+
+
+def test_paths_that_are_not_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name in ("absent.npy", ".", "pipe.npy", "n" * 300 + ".npy"):
+        with pytest.raises(ValueError, match=r"no such file|cannot be read"):
+            open_source(tmp_path / name)
+
+
+def test_a_file_cut_short_in_use_is_an_error_and_a_deleted_one_is_not(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npy", np.ones((5000, 64), dtype=np.float32))
+    source = open_source(path)
+    end = path.stat().st_size
+    copy = open_source(save(tmp_path / "copy.npy", np.ones((5, 2))))
+    os.truncate(path, end - 1)
+    with pytest.raises(ValueError) as raised:
+        source.rows(np.array([0]))
+    assert str(raised.value) == f"{path}: cut short while in use: {end - 1} of {end} bytes left"
+    (tmp_path / "copy.npy").unlink()
+    assert torch.equal(copy.rows(np.array([4])), torch.ones(1, 2))
+
+
+LARGER_THAN_MEMORY = """
+import itertools, resource, sys
+import numpy as np, torch
+from fastsae.data import Batches, in_order, open_source, split
+
+def used():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmData")) * 1024
+
+torch.set_num_threads(1)
+train, holdout = split(open_source(sys.argv[1]), 1000)
+next(Batches(train, 1024))
+limit = used() + 48 * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+seen = sum(len(batch.x) for batch in itertools.islice(Batches(train, 1024), 50))
+seen += sum(len(batch.x) for batch in in_order(holdout, 256))
+print(seen)
+try:
+    np.load(sys.argv[1])
+except MemoryError:
+    print("the whole file does not fit")
+"""
+
+
+def test_npy_larger_than_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(200_000, 384))
+    file[::1000] = 1
+    del file
+    child = subprocess.run(
+        [sys.executable, "-c", LARGER_THAN_MEMORY, path],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert child.stdout.splitlines() == ["52200", "the whole file does not fit"], child.stderr
+
+
+# Rows that are not finite
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_rows_are_named_by_file_and_row(tmp_path: Path, bad: float) -> None:
+    x = np.ones((100, 5), dtype=np.float16)
+    x[41, 3] = x[77, 0] = bad
+    path = save(tmp_path / "x.npy", x)
+    source = open_source(path)
+    assert torch.equal(source.rows(np.arange(41)), torch.ones(41, 5))
+    with pytest.raises(ValueError) as raised:
+        source.rows(np.array([77, 5, 41]))
+    assert str(raised.value) == (
+        f"{path}: row 41 holds a NaN, an infinity or a value too large for float32 "
+        "(2 such rows among the 3 just read)"
+    )
+
+
+def test_float64_beyond_float32_is_refused() -> None:
+    x = torch.full((3, 2), 3e38, dtype=torch.float64)
+    assert torch.isfinite(open_source(x).rows(np.arange(3))).all()
+    x[1, 1] = 1e39
+    with pytest.raises(ValueError, match=r"tensor: row 1 holds .* too large for float32"):
+        open_source(x).rows(np.arange(3))
+
+
+def test_bad_row_is_numbered_as_in_the_file_when_read_through_a_split() -> None:
+    source = numbered(100)
+    train, _ = split(source, 50)
+    assert train.index is not None
+    row = int(train.index[20])
+    assert row != 20
+    x = torch.zeros(100, 2)
+    x[row] = float("nan")
+    with pytest.raises(ValueError, match=rf"tensor: row {row} holds"):
+        list(in_order(split(open_source(x), 50)[0], 7))
+
+
+def test_bad_target_row_is_refused() -> None:
+    target = torch.zeros(10, 3)
+    target[6] = float("inf")
+    with pytest.raises(ValueError, match="row 6 holds"):
+        open_source(torch.zeros(10, 2), target=target).batch(np.arange(10))
+
+
+# The embedded samples
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "model"),
+    [
+        ("minilm_l3", (20480, 384), "sentence-transformers/all-MiniLM-L6-v2"),
+        ("smollm2_l11", (12288, 576), "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ],
+)
+def test_samples(name: str, shape: tuple[int, int], model: str) -> None:
+    sample = load_sample(name)
+    assert tuple(sample.x.shape) == shape
+    assert sample.x.dtype == torch.float32
+    assert sample.ctx.shape == (shape[0], 17)
+    assert sample.ctx.dtype == np.uint16
+    assert sample.meta["model"].startswith(model)
+    assert sample.meta["model_licence"] == "Apache-2.0"
+    with np.load(ROOT / "fastsae" / "samples" / f"{name}.npz") as archive:
+        exact = archive["q"].astype(np.float64) * archive["scale"] + archive["mean"]
+    np.testing.assert_allclose(sample.x.numpy(), exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+    source = open_source(f"sample:{name}")
+    assert torch.equal(source.rows(np.array([0, 9999])), sample.x[[0, 9999]])
+
+
+@pytest.mark.parametrize("name", ["nothing", "", "../samples/minilm_l3", "minilm_l3.npz"])
+def test_unknown_sample_lists_the_known(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"samples {', '.join(SAMPLES)}, got '{name}'"):
+        open_source(f"sample:{name}")
