@@ -2,11 +2,12 @@
 
     python bench/step.py --shape 2048,768,24576,32 --json -
 
-Step: the Trainer's own: centring, encode, loss, backward, unit norm with projected gradient, biases, dead
-tracking, Adam. The dense provider does the same in plain torch. Product: `fastsae.train.product_seconds`,
-before and after the steps, in the same process. Each provider runs in a process of its own, so that
-peak_bytes, the most memory resident during a step over what was resident before the model was made, is its
-own. Before it is timed, a provider's loss and gradients are compared with the float64 reference.
+Step: the Trainer's own: centring, encode, loss, backward, unit norm with projected gradient,
+biases, dead tracking, Adam. The dense provider does the same in plain torch. Product:
+`fastsae.train.product_seconds`, before and after the steps, in the same process. Each provider runs
+in a process of its own, so that peak_bytes, the most memory resident during a step over what was
+resident before the model was made, is its own. Before it is timed, a provider's loss and gradients
+are compared with the float64 reference.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ ROWS: tuple[tuple[str, str, list[str]], ...] = (
 
 
 def check(provider: str, options: list[str]) -> None:
-    """Raises unless a step's loss and gradients on a small problem are those of the float64 reference."""
+    """Raises unless a step's loss and gradients on a small problem are the float64 reference's."""
     shape = (96, 40, 512, 8)
     torch.manual_seed(1)
     x = torch.randn(*shape[:2])

@@ -5,8 +5,8 @@
     out = sae(x)                 # out.codes, out.reconstruction, out.loss
     sae.encode(x), sae.decode(codes)
 
-`ops` holds the differentiable operations, `reference` says what each computes, `train` the trainer, `data`
-the activation sources, `metrics` what is reported.
+`ops` holds the differentiable operations, `reference` says what each computes, `train` the trainer,
+`data` the activation sources, `metrics` what is reported.
 """
 
 import warnings
@@ -26,7 +26,7 @@ __all__ = ["SAE", "Codes", "SAEConfig", "SAEOutput", "Selection", "TopK", "__ver
 
 if not cpu.available():
     warnings.warn(
-        "fastsae was built without its C++ extension fastsae._C, so CPU tensors take the slow reference "
-        "path. Install a C++ compiler (gcc or clang) and reinstall fastsae-engine.",
+        "fastsae was built without its C++ extension fastsae._C, so CPU tensors take the slow "
+        "reference path. Install a C++ compiler (gcc or clang) and reinstall fastsae-engine.",
         stacklevel=2,
     )

@@ -14,8 +14,8 @@ from fastsae.reference import padded
 class Codes:
     """Which latents are active in each token, and how strongly.
 
-    Fixed K: ``vals`` and ``idx`` are (N, K), a row sorted by selection order; id -1 with value 0 pads.
-    Varying K: both are (nnz) and ``row_ptr`` (N+1, int64) bounds the entries of each token.
+    Fixed K: ``vals`` and ``idx`` are (N, K), a row sorted by selection order; id -1 with value 0
+    pads. Varying K: both are (nnz) and ``row_ptr`` (N+1, int64) bounds the entries of each token.
     vals is floating, idx int32 in [-1, n_latents). TypeError and ValueError say what does not fit;
     `validate` also reads the contents.
     """
@@ -32,7 +32,8 @@ class Codes:
             raise TypeError(f"idx: expected torch.int32, got {self.idx.dtype}")
         if self.vals.shape != self.idx.shape:
             raise ValueError(
-                f"vals and idx: expected one shape, got {tuple(self.vals.shape)} and {tuple(self.idx.shape)}"
+                f"vals and idx: expected one shape, got {tuple(self.vals.shape)} "
+                f"and {tuple(self.idx.shape)}"
             )
         ndim = 2 if self.row_ptr is None else 1
         if self.idx.ndim != ndim:
@@ -119,7 +120,7 @@ class Codes:
 
     @classmethod
     def from_dense(cls, dense: Tensor, k: int | None = None) -> Codes:
-        """The nonzero entries of an (N, F) matrix, a row by descending value, then ascending latent.
+        """The nonzero entries of an (N, F) matrix, row by row, value descending, latent ascending.
 
         With k, in the (N, k) layout, ValueError where a row has more than k; without, with row_ptr.
         """

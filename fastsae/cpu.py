@@ -1,11 +1,13 @@
 """The C++ backend: one launcher for each function of ``csrc/``; check, allocate, call.
 
-Same names, arguments and results as :mod:`fastsae.reference`, for float32 and bfloat16 weights on a CPU.
-Values, errors and dvals are float32. No bit of a result depends on the number of threads, which is
-``torch.get_num_threads()``, on the blocks or on the instruction set.
+Same names, arguments and results as :mod:`fastsae.reference`, for float32 and bfloat16 weights on a
+CPU. Values, errors and dvals are float32. No bit of a result depends on the number of threads,
+which is ``torch.get_num_threads()``, on the blocks or on the instruction set.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 try:
     from fastsae import _C
 except ImportError:  # built without a compiler; fastsae/__init__.py says so
-    _C = None
+    _C = None  # type: ignore[assignment]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -29,7 +31,7 @@ def isas() -> list[str]:
 
 
 def screen() -> str:
-    """The product that screens pre-activations here: "bf16" where the CPU multiplies bf16, else "fp32".
+    """The product that screens pre-activations: "bf16" if this CPU multiplies bf16, else "fp32".
 
     Both give the same bits: a screen only decides which pairs are scored.
     """
@@ -46,17 +48,20 @@ def encode(
     b_enc: Tensor | None,
     k: int,
     latents: Tensor | None = None,
-    **block: int | str,
+    *,
+    forced: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`fastsae.reference.encode`. ``screen=``, ``block_tokens=``, ``isa=`` force what tests compare."""
+    """:func:`fastsae.reference.encode`.
+
+    forced: any of screen, block_tokens and isa, which never change a bit of the result.
+    """
     x = x.detach().float()
     if x.ndim == 2 and x.shape[1] > 1 and x.stride(1) != 1:
         x = x.contiguous()
     vals = torch.empty(x.shape[0], k, dtype=torch.float32)
     idx = torch.empty(x.shape[0], k, dtype=torch.int32)
-    block.setdefault("screen", screen())
-    threads = torch.get_num_threads()
-    _C.encode(x, W_enc, _float(b_enc), latents, vals, idx, threads=threads, **block)
+    how = {"screen": screen(), "threads": torch.get_num_threads(), **(forced or {})}
+    _C.encode(x, W_enc, _float(b_enc), latents, vals, idx, **how)
     return vals, idx
 
 
@@ -91,12 +96,13 @@ def decode_error(
     b_dec: Tensor | None,
     target: Tensor,
     row_ptr: Tensor | None = None,
+    reconstruct: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`fastsae.reference.decode_error`."""
     if target.shape[1] > 1 and target.stride(1) != 1:
         target = target.contiguous()
     error = torch.empty(target.shape, dtype=torch.float32)
-    reconstruction = torch.empty_like(error)
+    reconstruction = torch.empty(len(error) if reconstruct else 0, error.shape[1])
     dvals = torch.empty(idx.shape, dtype=torch.float32)
     sse = _C.decode_error(
         vals,
@@ -106,7 +112,7 @@ def decode_error(
         _float(b_dec),
         target.detach(),
         error,
-        reconstruction,
+        reconstruction if reconstruct else None,
         dvals,
         threads=torch.get_num_threads(),
     )
@@ -116,7 +122,7 @@ def decode_error(
 def inverse_index(
     idx: Tensor, n_latents: int, row_ptr: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`fastsae.reference.inverse_index`; ``token`` and ``entry`` may be longer than the pairs."""
+    """:func:`fastsae.reference.inverse_index`; token and entry end in room for the padding."""
     n_tokens = len(idx) if row_ptr is None else len(row_ptr) - 1
     latent_ptr = torch.empty(n_latents + 1, dtype=torch.int64)
     token = torch.empty(idx.numel(), dtype=torch.int32)

@@ -1,12 +1,12 @@
 """The differentiable operations: thin autograd Functions over the backends.
 
-`encode` and `decode` (and `reconstruction_error`, decode fused with the squared error) accept any subset
-of inputs that require gradients. Indices are not differentiable, and neither are gradients: a second
-backward raises. Each backend call is a registered custom op with a fake kernel, so torch.compile traces
-through.
+`encode` and `decode` (and `reconstruction_error`, decode fused with the squared error) accept any
+subset of inputs that require gradients. Indices are not differentiable, and neither are gradients:
+a second backward raises. Each backend call is a registered custom op with a fake kernel, so
+torch.compile traces through.
 
-Backends are "reference" (torch, any device and dtype), "cpu" (C++; float32 and bfloat16 on a CPU) and
-"triton" (decode so far). `backend=None` takes "cpu" where it can and else "reference".
+Backends are "reference" (torch, any device and dtype), "cpu" (C++; float32 and bfloat16 on a CPU)
+and "triton" (decode so far). `backend=None` takes "cpu" where it can and else "reference".
 """
 
 import importlib
@@ -24,7 +24,7 @@ BACKENDS = ("reference", "cpu", "triton")
 
 
 def choose_backend(*tensors: Tensor | None) -> str:
-    """The backend for these tensors: "cpu" if the C++ kernels take all of them, else "reference"."""
+    """The backend for these tensors: "cpu" if the C++ kernels take them all, else "reference"."""
     fits = (t is None or (t.device.type == "cpu" and t.dtype in cpu.DTYPES) for t in tensors)
     return "cpu" if cpu.available() and all(fits) else "reference"
 
@@ -68,7 +68,7 @@ def _encode(
 
 
 @_encode.register_fake
-def _(x, W_enc, b_enc, latents, k, backend):  # type: ignore[no-untyped-def]
+def _(x, W_enc, b_enc, latents, k, backend):
     vals = x.new_empty(x.shape[0], k, dtype=_wide(torch.promote_types(x.dtype, W_enc.dtype)))
     return vals, vals.new_empty(x.shape[0], k, dtype=torch.int32)
 
@@ -87,7 +87,7 @@ def _decode(
 
 
 @_decode.register_fake
-def _(vals, idx, W_dec, b_dec, row_ptr, backend):  # type: ignore[no-untyped-def]
+def _(vals, idx, W_dec, b_dec, row_ptr, backend):
     n_tokens = idx.shape[0] if row_ptr is None else row_ptr.shape[0] - 1
     return W_dec.new_empty(n_tokens, W_dec.shape[1])
 
@@ -101,7 +101,7 @@ def _decode_bwd_vals(
 
 
 @_decode_bwd_vals.register_fake
-def _(g, idx, W_dec, row_ptr, backend):  # type: ignore[no-untyped-def]
+def _(g, idx, W_dec, row_ptr, backend):
     return W_dec.new_empty(idx.shape, dtype=_wide(W_dec.dtype))
 
 
@@ -113,15 +113,18 @@ def _decode_error(
     b_dec: Tensor | None,
     target: Tensor,
     row_ptr: Tensor | None,
+    reconstruct: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _kernel(backend, "decode", "decode_error")(vals, idx, W_dec, b_dec, target, row_ptr)
+    kernel = _kernel(backend, "decode", "decode_error")
+    return kernel(vals, idx, W_dec, b_dec, target, row_ptr, reconstruct)
 
 
 @_decode_error.register_fake
-def _(vals, idx, W_dec, b_dec, target, row_ptr, backend):  # type: ignore[no-untyped-def]
+def _(vals, idx, W_dec, b_dec, target, row_ptr, reconstruct, backend):
     error = W_dec.new_empty(target.shape, dtype=_wide(W_dec.dtype))
-    return error.new_empty(()), error, error.new_empty(target.shape), error.new_empty(idx.shape)
+    reconstruction = error.new_empty(target.shape[0] if reconstruct else 0, target.shape[1])
+    return error.new_empty(()), error, reconstruction, error.new_empty(idx.shape)
 
 
 @torch.library.custom_op("fastsae::row_gradients", mutates_args=())
@@ -138,7 +141,7 @@ def _row_gradients(
 
 
 @_row_gradients.register_fake
-def _(coef, idx, src, n_latents, row_ptr, dtype, backend):  # type: ignore[no-untyped-def]
+def _(coef, idx, src, n_latents, row_ptr, dtype, backend):
     rows = src.new_empty(n_latents, src.shape[1], dtype=dtype)
     return rows, src.new_empty(n_latents, dtype=_wide(src.dtype))
 
@@ -149,7 +152,7 @@ def _column_sum(m: Tensor, coef: Tensor | None, backend: str) -> Tensor:
 
 
 @_column_sum.register_fake
-def _(m, coef, backend):  # type: ignore[no-untyped-def]
+def _(m, coef, backend):
     return m.new_empty(m.shape[1], dtype=_wide(m.dtype))
 
 
@@ -158,7 +161,7 @@ def _(m, coef, backend):  # type: ignore[no-untyped-def]
 
 class EncodeFunction(Function):
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, pre_bias, latents, k, backend):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, W_enc, b_enc, pre_bias, latents, k, backend):
         xc = x.to(_wide(x.dtype))
         xc = xc if pre_bias is None else xc - pre_bias
         vals, idx = _encode(xc, W_enc, b_enc, latents, k, backend)
@@ -171,7 +174,7 @@ class EncodeFunction(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dvals, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, dvals, _):
         xc, W_enc, idx = ctx.saved_tensors
         need_x, need_W, need_b, need_pre = ctx.needs_input_grad[:4]
         dx = dW = db = dpre = None
@@ -190,7 +193,7 @@ class EncodeFunction(Function):
 
 class DecodeFunction(Function):
     @staticmethod
-    def forward(ctx, vals, idx, W_dec, b_dec, row_ptr, backend):  # type: ignore[no-untyped-def]
+    def forward(ctx, vals, idx, W_dec, b_dec, row_ptr, backend):
         ctx.save_for_backward(vals, idx, W_dec, row_ptr)
         ctx.dtypes = vals.dtype, None if b_dec is None else b_dec.dtype
         ctx.backend = backend
@@ -198,12 +201,12 @@ class DecodeFunction(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
+    def backward(ctx, g):
         vals, idx, W_dec, row_ptr = ctx.saved_tensors
         return _decode_backward(ctx, ctx.dtypes, vals, idx, W_dec, row_ptr, g, None)
 
 
-def _decode_backward(ctx, dtypes, vals, idx, W_dec, row_ptr, g, dvals):  # type: ignore[no-untyped-def]
+def _decode_backward(ctx, dtypes, vals, idx, W_dec, row_ptr, g, dvals):
     need_vals, _, need_W, need_b = ctx.needs_input_grad[:4]
     dW = db = None
     if need_vals and dvals is None:
@@ -218,9 +221,9 @@ def _decode_backward(ctx, dtypes, vals, idx, W_dec, row_ptr, g, dvals):  # type:
 
 class ErrorFunction(Function):
     @staticmethod
-    def forward(ctx, vals, idx, W_dec, b_dec, target, row_ptr, backend):  # type: ignore[no-untyped-def]
+    def forward(ctx, vals, idx, W_dec, b_dec, target, row_ptr, reconstruct, backend):
         sse, error, reconstruction, dvals = _decode_error(
-            vals, idx, W_dec, b_dec, target, row_ptr, backend
+            vals, idx, W_dec, b_dec, target, row_ptr, reconstruct, backend
         )
         ctx.save_for_backward(vals, idx, W_dec, row_ptr, error, dvals)
         ctx.dtypes = vals.dtype, None if b_dec is None else b_dec.dtype, target.dtype
@@ -230,11 +233,11 @@ class ErrorFunction(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dsse, derror, dreconstruction):  # type: ignore[no-untyped-def]
+    def backward(ctx, dsse, derror, dreconstruction):
         vals, idx, W_dec, row_ptr, error, dvals = ctx.saved_tensors
         if derror is None and dreconstruction is None:
             if dsse is None:
-                return (None,) * 7
+                return (None,) * 8
             # g = 2·dsse·error: the scalar goes to the (N, K) side of every product
             scale = 2 * dsse
             grads = _scaled_backward(ctx, vals, idx, W_dec, row_ptr, error, dvals, scale)
@@ -248,10 +251,10 @@ class ErrorFunction(Function):
                 g = g if part is None else g + part
             grads = _decode_backward(ctx, ctx.dtypes, vals, idx, W_dec, row_ptr, g, None)[:4]
         dtarget = None if dtarget is None else dtarget.to(ctx.dtypes[2])
-        return *grads, dtarget, None, None
+        return *grads, dtarget, None, None, None
 
 
-def _scaled_backward(ctx, vals, idx, W_dec, row_ptr, error, dvals, scale):  # type: ignore[no-untyped-def]
+def _scaled_backward(ctx, vals, idx, W_dec, row_ptr, error, dvals, scale):
     need_vals, _, need_W, need_b = ctx.needs_input_grad[:4]
     dW = db = None
     if need_W:
@@ -291,9 +294,10 @@ def encode(
     """The k largest positive h = (x - pre_bias) W_encᵀ + b_enc of each token.
 
     x (N, D), W_enc (F, D), b_enc (F), pre_bias (D), latents (int32, ascending ids to choose from).
-    Returns vals (N, k), float32 or float64, by value descending then latent ascending, and idx (N, k)
-    int32; -1 and 0 pad where fewer than k are positive. Exact: the values come from one fixed-order dot
-    product, on every backend up to its rounding. ValueError for wrong shapes and non-finite numbers.
+    Returns vals (N, k), float32 or float64, by value descending then latent ascending, and idx (N,
+    k) int32; -1 and 0 pad where fewer than k are positive. Exact: the values come from one
+    fixed-order dot product, on every backend up to its rounding. ValueError for wrong shapes and
+    non-finite numbers.
     """
     _check(x, "x", (None, None))
     _check(W_enc, "W_enc", (None, x.shape[1]))
@@ -328,10 +332,11 @@ def decode(
     row_ptr: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x̂ = b_dec + Σ vals·W_dec[idx] for each token: (N, D) in W_dec's dtype, summed in float32 or wider.
+    """x̂ = b_dec + Σ vals·W_dec[idx] a token: (N, D), in W_dec's dtype, summed in fp32 or wider.
 
-    vals and idx (int32, -1 pads) are (N, K), or (nnz) with row_ptr (N+1, int64). W_dec (F, D), b_dec (D).
-    Differentiable in vals (also where a value is 0), W_dec and b_dec. IndexError for ids beyond F.
+    vals and idx (int32, -1 pads) are (N, K), or (nnz) with row_ptr (N+1, int64). W_dec (F, D),
+    b_dec (D). Differentiable in vals (also where a value is 0), W_dec and b_dec. IndexError for ids
+    beyond F.
     """
     _check_codes(vals, idx, row_ptr, W_dec, b_dec)
     backend = _resolve(backend, W_dec, b_dec)
@@ -347,23 +352,27 @@ def reconstruction_error(
     target: Tensor,
     *,
     row_ptr: Tensor | None = None,
+    reconstruct: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Decode and its squared error in one pass: Σ‖x̂ - target‖² (0-d), x̂ - target and x̂ (N, D).
 
-    As `decode`, and target (N, D). The sum is over the batch and the width, in a fixed order. Everything
-    returned is differentiable in vals, W_dec, b_dec and target; float32 or float64.
+    As `decode`, and target (N, D). The sum is over the batch and the width, in a fixed order.
+    Everything returned is differentiable in vals, W_dec, b_dec and target; float32 or float64.
     """
     _check_codes(vals, idx, row_ptr, W_dec, b_dec)
     n_tokens = len(idx) if row_ptr is None else len(row_ptr) - 1
     _check(target, "target", (n_tokens, W_dec.shape[1]))
     backend = _resolve(backend, W_dec, b_dec, target)
     vals = vals.to(_wide(W_dec.dtype)).contiguous()
-    return ErrorFunction.apply(vals, idx.contiguous(), W_dec, b_dec, target, row_ptr, backend)
+    sse, error, reconstruction = ErrorFunction.apply(
+        vals, idx.contiguous(), W_dec, b_dec, target, row_ptr, reconstruct, backend
+    )
+    return sse, error, reconstruction if reconstruct else None
 
 
 def column_sum(m: Tensor, *, backend: str | None = None) -> Tensor:
-    """Σ of the rows of m (R, D): (D), float32 or float64, in an order that no thread count changes."""
+    """Σ of the rows of m (R, D): (D), float32 or float64, summed in one order for any threads."""
     _check(m, "m", (None, None))
     return _column_sum(m.detach(), None, _resolve(backend, m))
 

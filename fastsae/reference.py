@@ -6,9 +6,10 @@ A token x (D) is encoded, its k best latents are selected, and decoded again::
     S = the k largest h_i > 0       in the order (h descending, latent id ascending)
     x̂ = b_dec + Σ_{i in S} h_i W_dec[i]
 
-Codes of N tokens are ``vals`` and ``idx``, both (N, K), padded with value 0 and id -1; or, where the number
-of latents varies from token to token, (nnz) with ``row_ptr`` (N+1), the entries of token n being
-row_ptr[n] .. row_ptr[n+1]. ``idx`` is int32. Row i of W_enc (F, D) and of W_dec (F, D) belongs to latent i.
+Codes of N tokens are ``vals`` and ``idx``, both (N, K), padded with value 0 and id -1; or, where
+the number of latents varies from token to token, (nnz) with ``row_ptr`` (N+1), the entries of token
+n being row_ptr[n] .. row_ptr[n+1]. ``idx`` is int32. Row i of W_enc (F, D) and of W_dec (F, D)
+belongs to latent i.
 
 With S held constant the gradients of a loss L are, for g = ∂L/∂x̂::
 
@@ -36,9 +37,10 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """The k largest positive pre-activations of each token: ``vals``, ``idx``, both (N, k).
 
-    x (N, D) centred tokens, W_enc (F, D), b_enc (F) or None. ``latents`` (int32, ascending) limits the
-    choice to some latents. Fewer than k are kept where fewer are positive. vals are float64 for float64
-    inputs and float32 otherwise. ValueError where an input or a pre-activation is not finite.
+    x (N, D) centred tokens, W_enc (F, D), b_enc (F) or None. ``latents`` (int32, ascending) limits
+    the choice to some latents. Fewer than k are kept where fewer are positive. vals are float64 for
+    float64 inputs and float32 otherwise. ValueError where an input or a pre-activation is not
+    finite.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, W_enc.dtype), torch.float32)
     ids = torch.arange(len(W_enc), device=x.device) if latents is None else latents.long()
@@ -112,13 +114,17 @@ def decode_error(
     b_dec: Tensor | None,
     target: Tensor,
     row_ptr: Tensor | None = None,
+    reconstruct: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sse = Σ‖x̂ - target‖² (0-d), x̂ - target (N, D), x̂ (N, D), and dvals = <x̂ - target, W_dec[idx]>."""
+    """sse = Σ‖error‖² (0-d), error = x̂ - target and x̂ (N, D), and dvals = <error, W_dec[idx]>.
+
+    Without `reconstruct`, x̂ is returned empty, (0, D).
+    """
     wide = W_dec.to(torch.promote_types(W_dec.dtype, torch.float32))
     reconstruction = decode_fwd(vals, idx, wide, b_dec, row_ptr)
     error = reconstruction - target.to(wide.dtype)
     dvals = decode_bwd_vals(error, idx, wide, row_ptr)
-    return error.square().sum(), error, reconstruction, dvals
+    return error.square().sum(), error, reconstruction[: None if reconstruct else 0], dvals
 
 
 def inverse_index(
@@ -126,8 +132,8 @@ def inverse_index(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each latent its tokens: latent_ptr (n_latents+1) int64, token and entry (pairs) int32.
 
-    Latent f was selected by token[latent_ptr[f] : latent_ptr[f+1]], ascending; `entry` says where the
-    pair stands in the flattened vals.
+    Latent f was selected by token[latent_ptr[f] : latent_ptr[f+1]], ascending; `entry` says where
+    the pair stands in the flattened vals.
     """
     if row_ptr is None:
         n, k = idx.shape
@@ -151,7 +157,7 @@ def row_gradients(
     row_ptr: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Σ coef·src[n] over the tokens n of each latent (n_latents, D), in `dtype`, and Σ coef (n_latents).
+    """Σ coef·src[n] over each latent's tokens n (n_latents, D), in `dtype`, and Σ coef (n_latents).
 
     With coef = vals and src = g it is dW_dec; with coef = dvals and src = x, dW_enc and db_enc.
     """
@@ -171,7 +177,7 @@ def column_sum(m: Tensor, coef: Tensor | None = None) -> Tensor:
 
 
 def project_rows_(grad: Tensor, W_dec: Tensor) -> None:
-    """grad[i] -= <grad[i], d> d with d = W_dec[i] / ‖W_dec[i]‖: what would only change a row's norm."""
+    """grad[i] -= <grad[i], d> d, d = W_dec[i] / ‖W_dec[i]‖: what would only change a row's norm."""
     wide = torch.promote_types(W_dec.dtype, torch.float32)
     W, g = W_dec.detach().to(wide), grad.to(wide)
     square = W.square().sum(1, keepdim=True)

@@ -5,8 +5,8 @@
     z  = selection(h)
     x̂' = W_dec z + b_dec           loss = mean over tokens and width of (x' - x̂')² + auxiliary terms
 
-A transcoder predicts another activation y (D_out) from x: its input is not centred, and it may have a
-skip connection, x̂' = W_dec z + b_dec + W_skip x'.
+A transcoder predicts another activation y (D_out) from x: its input is not centred, and it may have
+a skip connection, x̂' = W_dec z + b_dec + W_skip x'.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SAEConfig:
     skip: bool = False
     """Whether a transcoder has a linear skip connection W_skip (D_out, D)."""
     apply_b_dec_to_input: bool | None = None
-    """Whether b_dec is subtracted from the input; None: for autoencoders yes, for transcoders no."""
+    """Whether b_dec is subtracted from the input; None: only an autoencoder's."""
     encoder_bias: bool = True
     """Whether there is a b_enc."""
     decoder_norm: Literal["unit", "free"] = "unit"
@@ -132,8 +132,9 @@ class SAEOutput:
 class SAE(nn.Module):
     """A sparse autoencoder or transcoder over the streaming ops.
 
-    Parameters: W_enc (F, D), b_enc (F), W_dec (F, D_out), b_dec (D_out), W_skip (D_out, D). The decoder starts
-    as random unit rows; an autoencoder's encoder starts as its copy (tied start), biases and W_skip at 0.
+    Parameters: W_enc (F, D), b_enc (F), W_dec (F, D_out), b_dec (D_out), W_skip (D_out, D). The
+    decoder starts as random unit rows; an autoencoder's encoder starts as its copy (tied start),
+    biases and W_skip at 0.
     """
 
     W_enc: nn.Parameter
@@ -169,10 +170,13 @@ class SAE(nn.Module):
         self.W_enc = (
             unit_rows(d_in) if config.is_transcoder else nn.Parameter(self.W_dec.detach().clone())
         )
-        new = {"dtype": dtype, "device": device}
-        self.b_dec = nn.Parameter(torch.zeros(d_out, **new))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, **new)) if config.encoder_bias else None
-        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, **new)) if config.skip else None
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))
+
+        self.b_dec = zeros(d_out)
+        self.b_enc = zeros(d_sae) if config.encoder_bias else None
+        self.W_skip = zeros(d_out, d_in) if config.skip else None
         self.register_buffer("input_scale", torch.ones((), device=device))
         self.register_buffer("output_scale", torch.ones((), device=device))
         since = torch.zeros(d_sae, dtype=torch.int64, device=device)
@@ -203,7 +207,7 @@ class SAE(nn.Module):
         return self._select(self._scaled(x), self.config.selection)
 
     def decode(self, codes: Codes, x: Tensor | None = None) -> Tensor:
-        """The reconstruction (N, D_out) of codes; x (…, D), their input, only for a skip connection."""
+        """The reconstruction (N, D_out) of codes; a skip connection needs their input x (…, D)."""
         if codes.n_latents != self.config.d_sae:
             raise ValueError(f"codes: expected {self.config.d_sae} latents, got {codes.n_latents}")
         out = ops.decode(
@@ -231,8 +235,8 @@ class SAE(nn.Module):
     def forward(self, x: Tensor, target: Tensor | None = None) -> SAEOutput:
         """Codes, losses and reconstruction of x (…, D); a transcoder needs its target (…, D_out).
 
-        In training mode it also counts which latents fired and adds the AuxK loss when some are dead.
-        A transcoder without a target has a reconstruction and a loss of NaN.
+        In training mode it also counts which latents fired and adds the AuxK loss when some are
+        dead. A transcoder without a target has a reconstruction and a loss of NaN.
         """
         return self.losses(x, target, reconstruct=True)
 
@@ -270,7 +274,7 @@ class SAE(nn.Module):
             codes = self._select(tokens, c.selection)
         n = max(len(tokens), 1)
         elements = n * y.shape[1]
-        sse, error, xhat = self._error(codes, self.b_dec, y)
+        sse, error, xhat = self._error(codes, self.b_dec, y, reconstruct)
         loss = sse / elements
         losses = {"mse": loss}
         metrics = {"l0": (codes.idx >= 0).sum() / n}
@@ -284,7 +288,7 @@ class SAE(nn.Module):
                 losses["auxk"] = self._auxk(tokens, sse.detach(), error.detach(), dead)
                 loss = loss + c.auxk_coef * losses["auxk"]
         reconstruction = None
-        if reconstruct:
+        if xhat is not None:
             if skipped is not None:
                 xhat = xhat + skipped
             xhat = (xhat / self._out_scale).to(x.dtype)
@@ -292,8 +296,8 @@ class SAE(nn.Module):
         return SAEOutput(codes, loss, losses, metrics, reconstruction)
 
     def _error(
-        self, codes: Codes, b_dec: Tensor | None, target: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, codes: Codes, b_dec: Tensor | None, target: Tensor, reconstruct: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         return ops.reconstruction_error(
             codes.vals,
             codes.idx,
@@ -301,6 +305,7 @@ class SAE(nn.Module):
             b_dec,
             target,
             row_ptr=codes.row_ptr,
+            reconstruct=reconstruct,
             backend=self.backend,
         )
 
@@ -314,10 +319,11 @@ class SAE(nn.Module):
         return dead.nonzero()[:, 0].to(torch.int32)
 
     def _auxk(self, tokens: Tensor, sse: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        """How badly the dead latents' own top-k reconstructs what the live ones left (Gao et al. 2024).
+        """How badly the dead latents reconstruct what the live ones left (AuxK; Gao et al. 2024).
 
-        ‖e - ê‖² / ‖e - ē‖² over the batch, with e = x - x̂ held constant, ê the decoded k_aux largest
-        positive pre-activations among dead latents (no bias), ē the batch mean of e; 0 where e is constant.
+        ‖e - ê‖² / ‖e - ē‖² over the batch, with e = x - x̂ held constant, ê the decoded k_aux
+        largest positive pre-activations among dead latents (no bias), ē the batch mean of e; 0
+        where e is constant.
         """
         k = min(self.config.k_aux or max(1, self.config.d_in // 2), len(dead))
         vals, idx = ops.encode(
@@ -339,7 +345,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def project_decoder_gradient_(self) -> None:
-        """With decoder_norm "unit": removes from W_dec's gradient what would only change row norms."""
+        """With decoder_norm "unit": removes from W_dec's gradient what only changes row norms."""
         if self.config.decoder_norm == "unit" and self.W_dec.grad is not None:
             ops.project_rows_(self.W_dec.grad, self.W_dec, backend=self.backend)
 
@@ -362,9 +368,9 @@ class SAE(nn.Module):
     ) -> None:
         """Sets the scales and b_dec from a sample of activations x (n, D) and targets (n, D_out).
 
-        With scale, the coordinates of x' = s·x have a variance of 1 on average, so that the mse is a fraction
-        of the variance and learning rates and coefficients mean the same on any data. b_dec starts at a
-        centre of the (scaled) target.
+        With scale, the coordinates of x' = s·x have a variance of 1 on average, so that the mse is
+        a fraction of the variance and learning rates and coefficients mean the same on any data.
+        b_dec starts at a centre of the (scaled) target.
         """
         x = self._tokens(x, self.config.d_in, "x")
         y = x if target is None else self._tokens(target, self.b_dec.numel(), "target")
@@ -388,7 +394,8 @@ class SAE(nn.Module):
     def fold_scale_(self) -> SAE:
         """Folds the scales into the weights: same reconstruction, scales of 1. Returns self.
 
-        An autoencoder's activations shrink by its scale s (b_enc/s, b_dec/s); a transcoder's by its input's.
+        An autoencoder's activations shrink by its scale s (b_enc/s, b_dec/s); a transcoder's by its
+        input's.
         """
         s_in, s_out = self.input_scale.double(), self._out_scale.double()
         for p, factor in (
@@ -451,8 +458,8 @@ def geometric_median(
 ) -> Tensor:
     """The point with the least mean distance to the rows of x (n, D), by Weiszfeld's iteration.
 
-    Starts at the mean; stops when a step is shorter than `tolerance` times the median's own mean distance
-    to the rows, or after max_steps. float32 (D).
+    Starts at the mean; stops when a step is shorter than `tolerance` times the median's own mean
+    distance to the rows, or after max_steps. float32 (D).
     """
     x = x.float()
     centre = _mean(x, backend)

@@ -1,8 +1,8 @@
 """Selection rules: which (token, latent) pairs survive.
 
-A rule is a small frozen dataclass. It turns tokens and encoder parameters into :class:`Codes` through the
-streaming ops, so no rule sees an N×F matrix. To add one, subclass `Selection`, give it a `name`, and it
-can be used wherever a rule is: in SAEConfig, on disk and on the command line.
+A rule is a small frozen dataclass. It turns tokens and encoder parameters into :class:`Codes`
+through the streaming ops, so no rule sees an N×F matrix. To add one, subclass `Selection`, give it
+a `name`, and it can be used wherever a rule is: in SAEConfig, on disk and on the command line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The trainer: one loop over batches of activations.
 
-A step is: forward (centring, encode, decode, losses, dead tracking) → backward → project the decoder's gradient →
-clip → Adam → unit rows. Everything else here is bookkeeping around it.
+A step is: forward (centring, encode, decode, losses, dead tracking) → backward → project the
+decoder's gradient → clip → Adam → unit rows. Everything else here is bookkeeping around it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TrainConfig:
     lr: float | None = None
     """Peak learning rate of Adam; None: 2e-4 / sqrt(d_sae / 16384), as in Gao et al. 2024."""
     warmup_steps: int | None = None
-    """Steps over which the learning rate rises linearly from 0; None: a tenth of the steps, at most 1000."""
+    """Steps over which the learning rate rises linearly from 0; None: steps / 10, at most 1000."""
     decay_fraction: float = 0.2
     """Share of the steps, the last ones, over which it falls linearly to 0."""
     beta1: float = 0.9
@@ -155,7 +155,9 @@ class Trainer:
         try:
             self.initialize()
             batches = Batches(self.source, self.config.batch_size, self.config.seed)
-            with tqdm(total=self.config.steps, disable=not progress, unit="step") as bar:
+            with tqdm(
+                total=self.config.steps, disable=None if progress else True, unit="step"
+            ) as bar:
                 while self.step_count < self.config.steps:
                     output = self.step(next(batches))
                     if on_step is not None:
@@ -204,8 +206,9 @@ class Trainer:
 def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, float]:
     """One pass over a source: fvu, explained_variance, l0 and dead_share.
 
-    fvu = Σ‖e‖² / Σ‖y - ȳ‖² over all rows (y = x, or a transcoder's target), explained_variance = 1 - fvu,
-    l0 the mean number of active latents a row, dead_share the share of latents that no row activates.
+    fvu = Σ‖e‖² / Σ‖y - ȳ‖² over all rows (y = x, or a transcoder's target), explained_variance = 1
+    - fvu, l0 the mean number of active latents a row, dead_share the share of latents that no row
+    activates.
     """
     was_training = sae.training
     sae.eval()
@@ -227,10 +230,10 @@ def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, floa
 
 
 def product_seconds(x: Tensor, W_enc: Tensor, repeats: int = 5) -> float:
-    """Seconds of one dense encoder product, torch.mm(x, W_encᵀ) in float32: the unit of every ratio.
+    """Seconds of one dense encoder product, torch.mm(x, W_encᵀ) in fp32: the unit of every ratio.
 
-    The fastest of `repeats` runs, whole or in blocks of 4096 latents (whole only where the (N, F) result
-    stays under 2 GiB), into memory already touched.
+    The fastest of `repeats` runs, whole or in blocks of 4096 latents (whole only where the (N, F)
+    result stays under 2 GiB), into memory already touched.
     """
     x, W = x.float(), W_enc.detach().float()
     widths = {min(4096, len(W))}

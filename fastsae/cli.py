@@ -1,0 +1,215 @@
+"""The command line: ``fastsae demo``, ``fastsae train``, ``fastsae info``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+import fastsae
+from fastsae import SAE, SAEConfig, TopK, cpu, metrics
+from fastsae.data import Batches, Source, in_order, open_source, split
+from fastsae.train import TrainConfig, Trainer, evaluate, product_seconds
+
+RUN_FILES = ("config.json", "sae.safetensors", "log.jsonl", "metrics.json")
+DEMO_TRAIN = TrainConfig(steps=1200, batch_size=1024, lr=5e-3)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train an SAE with 3072 latents on the embedded MiniLM activations and print its figures."""
+
+    out: Path = Path("runs/demo")
+    """Run directory: config.json, sae.safetensors, log.jsonl, metrics.json."""
+    train: TrainConfig = DEMO_TRAIN
+    """How it is trained."""
+
+    def run(self) -> None:
+        train, holdout = split(open_source("sample:minilm_l3"), 2048)
+        config = SAEConfig(d_in=train.d_in, d_sae=3072, selection=TopK(32))
+        print("activations: all-MiniLM-L6-v2, residual stream after block 3 (fastsae/samples)")
+        figures = run_training(config, train, holdout, self.train, self.out, overwrite=True)
+        print_figures(figures, self.out)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train an SAE on activations."""
+
+    data: str
+    """A .npy file of float16, float32 or float64 rows, or sample:minilm_l3, sample:smollm2_l11."""
+    d_sae: int
+    """Number of latents."""
+    out: Path
+    """Run directory: config.json, sae.safetensors, log.jsonl, metrics.json."""
+    k: int = 32
+    """Active latents a token."""
+    target: str | None = None
+    """Activations to predict, row for row (a transcoder); None: the data themselves."""
+    skip: bool = False
+    """Give the transcoder a linear skip connection."""
+    decoder_norm: str = "unit"
+    """Rows of the decoder: unit (norm 1) or free."""
+    dtype: str = "float32"
+    """Of the parameters: float32, bfloat16; float16 and float64 run on the reference backend."""
+    auxk_coef: float = 1 / 32
+    """Weight of the AuxK loss on dead latents; 0 turns it off."""
+    k_aux: int | None = None
+    """Dead latents a token in the AuxK loss; None: half the width of the data."""
+    dead_after: int = 10_000_000
+    """Tokens without firing after which a latent is dead."""
+    multi_topk_coef: float = 0.0
+    """Weight of the loss with 4k latents (Multi-TopK); 0 turns it off."""
+    holdout: int = 2048
+    """Rows held out for the final figures, the same ones for every seed."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How it is trained."""
+
+    def run(self) -> None:
+        source = open_source(self.data, self.target)
+        train, holdout = split(source, self.holdout)
+        config = SAEConfig(
+            d_in=source.d_in,
+            d_sae=self.d_sae,
+            selection=TopK(self.k),
+            d_out=None if self.target is None else source.d_out,
+            skip=self.skip,
+            decoder_norm=self.decoder_norm,  # type: ignore[arg-type]  # SAEConfig checks it
+            dtype=self.dtype,  # type: ignore[arg-type]
+            auxk_coef=self.auxk_coef,
+            k_aux=self.k_aux,
+            dead_after=self.dead_after,
+            multi_topk_coef=self.multi_topk_coef,
+        )
+        print_figures(run_training(config, train, holdout, self.train, self.out), self.out)
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print versions and which backends work here."""
+
+    def run(self) -> None:
+        print(info())
+
+
+def run_training(
+    config: SAEConfig,
+    train: Source,
+    holdout: Source,
+    settings: TrainConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Trains, evaluates on the held-out rows beside PCA, and writes the run directory."""
+    there = [name for name in RUN_FILES if (out / name).exists()]
+    if there and not overwrite:
+        raise ValueError(f"{out}: expected a new run directory, got one with {', '.join(there)}")
+    sae = SAE(config, seed=settings.seed)
+    trainer = Trainer(sae, train, settings, out=out)
+    figures: dict[str, Any] = trainer.run()
+    if holdout.n_rows:
+        figures.update(evaluate(sae, holdout))
+    if holdout.n_rows and train.target is None:
+        figures["pca_components"] = min(getattr(config.selection, "k", 32), train.d_in)
+        figures["pca_fvu"] = metrics.pca_fvu(
+            (batch.x for batch in in_order(train, 4096)),
+            (batch.x for batch in in_order(holdout, 4096)),
+            figures["pca_components"],
+        )
+    figures["dead_share"] = evaluate(sae, train)["dead_share"]
+    x = next(Batches(train, settings.batch_size, settings.seed)).x
+    figures["product_seconds"] = product_seconds(x, sae.W_enc)
+    step_seconds = figures["train_seconds"] / settings.steps
+    figures["step_ratio"] = step_seconds / figures["product_seconds"]
+    (out / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def print_figures(figures: dict[str, Any], out: Path) -> None:
+    lines = [
+        ("held-out FVU", "fvu", "{:.4f}", ""),
+        ("held-out FVU of PCA", "pca_fvu", "{:.4f}", "with {pca_components} components"),
+        ("L0", "l0", "{:.2f}", "active latents a token"),
+        ("dead share", "dead_share", "{:.2%}", "latents silent on every training row"),
+        ("training", "train_seconds", "{:.1f} s", "{tokens_per_s:,.0f} tokens/s"),
+        ("step ÷ product", "step_ratio", "{:.2f}", "product: {product_seconds:.4f} s, dense, fp32"),
+    ]
+    for label, key, form, remark in lines:
+        if key in figures:
+            print(f"{label:20} {form.format(figures[key]):>9}  {remark.format(**figures)}")
+    print(f"{'run directory':20} {out}")
+
+
+def info() -> str:
+    """Versions, threads and the state of each backend: what works, or why not and what to do."""
+    lines = [
+        f"fastsae   {fastsae.__version__}",
+        f"python    {platform.python_version()} on {platform.platform()}",
+        f"torch     {torch.__version__}, {torch.get_num_threads()} threads",
+        "reference works: any device, float64, float32, bfloat16, float16",
+    ]
+    if cpu.available():
+        lines.append(
+            "cpu       works: float32 and bfloat16 (float16 and float64 run on reference), "
+            f"instruction set {cpu.isas()[0]}, encoder screened in {cpu.screen()}"
+        )
+    else:
+        lines.append(
+            "cpu       is missing: fastsae._C was not built for want of a C++ compiler; "
+            "install gcc or clang and reinstall fastsae-engine"
+        )
+    if importlib.util.find_spec("triton") is None:
+        lines.append("triton    is missing: pip install 'fastsae-engine[gpu]'")
+    elif not torch.cuda.is_available():
+        lines.append(
+            f"triton    {version('triton')} finds no CUDA or ROCm device; its kernels run here "
+            "only in Triton's interpreter, as in the tests"
+        )
+    else:
+        lines.append(
+            f"triton    {version('triton')} on {torch.cuda.get_device_name()}: decode only so far, "
+            "with backend='triton'; all else takes reference"
+        )
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        sys.exit(f"fastsae: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line; errors end it with one line on stderr and a status that is not 0."""
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    with _errors_in_one_line():
+        command: Demo | Train | Info = tyro.cli(
+            Command,
+            prog="fastsae",
+            description="Sparse autoencoders that do only the work that is there.",
+            args=args,
+            config=config,
+        )
+        command.run()
