@@ -66,7 +66,7 @@ def dense_step(shape: Shape, x: torch.Tensor, options: list[str]) -> tuple[Step,
         h = torch.relu((batch - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
         top = h.topk(k)
         z = torch.zeros_like(h).scatter(1, top.indices, top.values)
-        loss = (z @ sae.W_dec + sae.b_dec - batch).square().sum() / len(batch)
+        loss = (z @ sae.W_dec + sae.b_dec - batch).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():

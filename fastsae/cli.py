@@ -8,7 +8,7 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,17 @@ from fastsae.data import Batches, Source, in_order, open_source, split
 from fastsae.train import TrainConfig, Trainer, evaluate, product_seconds
 
 RUN_FILES = ("config.json", "sae.safetensors", "log.jsonl", "metrics.json")
-DEMO_TRAIN = TrainConfig(steps=1200, batch_size=1024, lr=5e-3)
+
+
+@dataclass(frozen=True)
+class TrainOptions(TrainConfig):
+    """TrainConfig not yet checked: the parser would wrap the error in words of its own."""
+
+    def __post_init__(self) -> None:
+        pass
+
+    def checked(self) -> TrainConfig:
+        return TrainConfig(**asdict(self))
 
 
 @dataclass(frozen=True)
@@ -31,14 +41,15 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Run directory: config.json, sae.safetensors, log.jsonl, metrics.json."""
-    train: TrainConfig = DEMO_TRAIN
+    train: TrainOptions = TrainOptions(steps=1200, batch_size=1024, lr=5e-3)
     """How it is trained."""
 
     def run(self) -> None:
         train, holdout = split(open_source("sample:minilm_l3"), 2048)
         config = SAEConfig(d_in=train.d_in, d_sae=3072, selection=TopK(32))
         print("activations: all-MiniLM-L6-v2, residual stream after block 3 (fastsae/samples)")
-        figures = run_training(config, train, holdout, self.train, self.out, overwrite=True)
+        settings = self.train.checked()
+        figures = run_training(config, train, holdout, settings, self.out, overwrite=True)
         print_figures(figures, self.out)
 
 
@@ -72,10 +83,11 @@ class Train:
     """Weight of the loss with 4k latents (Multi-TopK); 0 turns it off."""
     holdout: int = 2048
     """Rows held out for the final figures, the same ones for every seed."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainOptions = TrainOptions()
     """How it is trained."""
 
     def run(self) -> None:
+        settings = self.train.checked()
         source = open_source(self.data, self.target)
         train, holdout = split(source, self.holdout)
         config = SAEConfig(
@@ -91,7 +103,7 @@ class Train:
             dead_after=self.dead_after,
             multi_topk_coef=self.multi_topk_coef,
         )
-        print_figures(run_training(config, train, holdout, self.train, self.out), self.out)
+        print_figures(run_training(config, train, holdout, settings, self.out), self.out)
 
 
 @dataclass(frozen=True)

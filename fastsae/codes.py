@@ -160,11 +160,14 @@ class Codes:
         elif isinstance(rows, slice):
             rows = torch.arange(self.n_tokens, device=self.device)[rows]
         elif rows.dtype == torch.bool:
+            if rows.shape != (self.n_tokens,):
+                raise IndexError(
+                    f"mask: expected shape ({self.n_tokens},), got {tuple(rows.shape)}"
+                )
             rows = rows.nonzero()[:, 0]
         if self.row_ptr is None:
             return Codes(self.vals[rows], self.idx[rows], self.n_latents)
-        rows = rows.long()
-        rows = rows.where(rows >= 0, rows + self.n_tokens)
+        rows = torch.arange(self.n_tokens, device=self.device)[rows]  # negative ids count from the end
         lengths = self.row_ptr.diff()[rows]
         row_ptr = torch.zeros(len(rows) + 1, dtype=torch.int64, device=self.device)
         row_ptr[1:] = lengths.cumsum(0)

@@ -78,6 +78,9 @@ class SAEConfig:
         if not isinstance(self.selection, Selection):
             raise ValueError(f"selection: expected a Selection, got {self.selection!r}")
         self.selection.check(self.d_sae)
+        for name in ("skip", "apply_b_dec_to_input", "encoder_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.decoder_norm not in ("unit", "free"):
@@ -191,9 +194,9 @@ class SAE(nn.Module):
             raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
         return x.reshape(-1, width)
 
-    def _scaled(self, x: Tensor, name: str = "x") -> Tensor:
-        """Input tokens as the encoder and the skip connection see them."""
-        return self._tokens(x, self.config.d_in, name) * self.input_scale.to(x.dtype)
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Input tokens as the encoder and the skip connection see them; float32 or float64."""
+        return _wide(self._tokens(x, self.config.d_in, "x")) * self.input_scale
 
     @property
     def _pre_bias(self) -> Tensor | None:
@@ -224,7 +227,7 @@ class SAE(nn.Module):
                     "x: expected the codes' input (the SAE has a skip connection), got None"
                 )
             out = out + self._scaled(x).to(out.dtype) @ self.W_skip.T
-        return out / self._out_scale.to(out.dtype)
+        return (_wide(out) / self._out_scale).to(out.dtype)
 
     @property
     def _out_scale(self) -> Tensor:
@@ -249,9 +252,7 @@ class SAE(nn.Module):
         if c.is_transcoder:
             if target is None:
                 target = x.new_full((*x.shape[:-1], self.b_dec.numel()), torch.nan)
-            y = self._tokens(target, self.b_dec.numel(), "target") * self.output_scale.to(
-                target.dtype
-            )
+            y = _wide(self._tokens(target, self.b_dec.numel(), "target")) * self.output_scale
             if len(y) != len(tokens):
                 raise ValueError(f"target: expected {len(tokens)} tokens, got {len(y)}")
         elif target is not None:
@@ -277,7 +278,7 @@ class SAE(nn.Module):
         sse, error, xhat = self._error(codes, self.b_dec, y, reconstruct)
         loss = sse / elements
         losses = {"mse": loss}
-        metrics = {"l0": (codes.idx >= 0).sum() / n}
+        metrics = {"l0": (codes.vals.detach() != 0).sum() / n}
         if multi:
             losses["multi_topk"] = self._error(wide, self.b_dec, y)[0] / elements
             loss = loss + c.multi_topk_coef * losses["multi_topk"]
@@ -292,7 +293,7 @@ class SAE(nn.Module):
             if skipped is not None:
                 xhat = xhat + skipped
             xhat = (xhat / self._out_scale).to(x.dtype)
-            reconstruction = xhat.reshape(*x.shape[:-1], -1)
+            reconstruction = xhat.reshape(*x.shape[:-1], self.b_dec.numel())
         return SAEOutput(codes, loss, losses, metrics, reconstruction)
 
     def _error(
@@ -313,7 +314,7 @@ class SAE(nn.Module):
     def _count_fired(self, codes: Codes) -> Tensor:
         """Updates tokens_since_fired with this batch; returns the ids of dead latents, int32."""
         self.tokens_since_fired += codes.n_tokens
-        fired = codes.idx[codes.idx >= 0].long()
+        fired = codes.idx[codes.vals != 0].long()
         self.tokens_since_fired.index_fill_(0, fired, 0)
         dead = self.tokens_since_fired >= self.config.dead_after
         return dead.nonzero()[:, 0].to(torch.int32)
@@ -323,7 +324,7 @@ class SAE(nn.Module):
 
         ‖e - ê‖² / ‖e - ē‖² over the batch, with e = x - x̂ held constant, ê the decoded k_aux
         largest positive pre-activations among dead latents (no bias), ē the batch mean of e; 0
-        where e is constant.
+        where e is constant up to rounding (one token, or equal ones).
         """
         k = min(self.config.k_aux or max(1, self.config.d_in // 2), len(dead))
         vals, idx = ops.encode(
@@ -339,7 +340,7 @@ class SAE(nn.Module):
         aux = self._error(codes, None, -error)[0]
         mean = ops.column_sum(error, backend=self.backend) / len(error)
         variance = sse - len(error) * (mean * mean).sum()
-        return torch.where(variance > 0, aux / variance, 0)
+        return torch.where(variance > 1e-5 * sse, aux / variance, 0)
 
     # ---- the decoder's norm ----
 
@@ -405,7 +406,7 @@ class SAE(nn.Module):
             (self.W_skip, s_in / s_out),
         ):
             if p is not None and factor != 1:
-                p.mul_(factor.to(p.device, torch.float32))
+                p.mul_(float(factor))
         self.input_scale.fill_(1)
         self.output_scale.fill_(1)
         return self
@@ -447,6 +448,10 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in asdict(self.config).items())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _mean(x: Tensor, backend: str | None = None) -> Tensor:

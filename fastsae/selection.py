@@ -24,7 +24,13 @@ class Selection:
     rules: ClassVar[dict[str, type[Selection]]] = {}
 
     def __init_subclass__(cls) -> None:
-        Selection.rules[cls.name] = cls
+        name = cls.__dict__.get("name")
+        if not isinstance(name, str):
+            raise TypeError(f"{cls.__name__}: expected a name of its own, got {name!r}")
+        known = Selection.rules.get(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"{cls.__name__}: expected a new name, got that of {known}: {name!r}")
+        Selection.rules[name] = cls
 
     def check(self, d_sae: int) -> None:
         """Raises ValueError where the rule cannot work on d_sae latents."""

@@ -1,0 +1,128 @@
+"""The command line, as a person meets it: in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastsae import SAE
+
+
+def run(*args: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastsae", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def acts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("acts") / "acts.npy"
+    rng = np.random.default_rng(0)
+    np.save(path, rng.standard_normal((3000, 24)).astype(np.float32))
+    return path
+
+
+def test_train_writes_a_run_that_loads(acts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--k", 4, "--batch-size", 128, "--steps", 60, "--lr", 1e-3, "--seed", 3)
+    done = run("train", "--data", acts, "--d-sae", 96, "--out", out, "--holdout", 500, *options)
+    figures = json.loads((out / "metrics.json").read_text())
+    for name in ("fvu", "pca_fvu", "l0", "dead_share", "train_seconds", "tokens_per_s"):
+        assert np.isfinite(figures[name]), name
+    assert figures["step_ratio"] > 0
+    assert 0 < figures["fvu"] < 1
+    assert figures["l0"] == 4
+    assert f"{figures['fvu']:.4f}" in done.stdout
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["config"]["sae"]["d_sae"] == 96
+    assert lines[0]["config"]["train"]["seed"] == 3
+    assert [line["step"] for line in lines[1:]] == [50, 60]
+    sae = SAE.load(out)
+    assert sae.config.selection.to_dict() == {"name": "topk", "k": 4}
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(96))
+
+
+def test_same_seed_same_weights(acts: Path, tmp_path: Path) -> None:
+    options = ("--d-sae", 64, "--k", 4, "--batch-size", 64, "--steps", 20, "--holdout", 100)
+    for name in ("a", "b"):
+        run("train", "--data", acts, "--out", tmp_path / name, *options)
+    a, b = (tmp_path / name / "sae.safetensors" for name in ("a", "b"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_transcoder(acts: Path, tmp_path: Path) -> None:
+    x = np.load(acts)
+    np.save(tmp_path / "y.npy", (x @ np.ones((24, 7), np.float32)).astype(np.float16))
+    out = tmp_path / "run"
+    options = ("--d-sae", 64, "--k", 4, "--steps", 20, "--batch-size", 64, "--skip")
+    run("train", "--data", acts, "--target", tmp_path / "y.npy", "--out", out, *options)
+    sae = SAE.load(out)
+    assert sae.config.d_out == 7
+    assert sae.W_skip is not None and sae.W_skip.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data", "missing.npy"), "missing.npy"),
+        (("--data", "sample:nothing"), "minilm_l3"),
+        (("--k", 97), "k: expected at most d_sae = 96, got 97"),
+        (("--steps", 0), "steps: expected at least 1, got 0"),
+        (("--lr", -1), "lr: expected a finite number above 0"),
+        (("--holdout", 3000), "3000"),
+        (("--dtype", "int8"), "dtype: expected one of"),
+        (("--decoder-norm", "long"), "decoder_norm: expected unit or free"),
+        (("--skip",), "skip: expected d_out"),
+        (("--lr", 1e30, "--no-scale"), "expected"),
+    ],
+)
+def test_bad_input_is_one_line(
+    acts: Path, tmp_path: Path, options: tuple[object, ...], message: str
+) -> None:
+    out = tmp_path / "run"
+    defaults = {"--data": acts, "--d-sae": 96, "--k": 4, "--steps": 60, "--out": out}
+    given = [x for name, x in defaults.items() if name not in options for x in (name, x)]
+    done = run("train", *given, *options, code=1)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (out / "sae.safetensors").exists()
+    assert not (out / "metrics.json").exists()
+
+
+def test_a_finished_run_is_not_overwritten(acts: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text("precious\n")
+    done = run("train", "--data", acts, "--d-sae", 64, "--out", tmp_path, "--k", 4, code=1)
+    assert "expected a new run directory, got one with log.jsonl" in done.stderr
+    assert (tmp_path / "log.jsonl").read_text() == "precious\n"
+
+
+def test_demo_reaches_its_figures(tmp_path: Path) -> None:
+    done = run("demo", cwd=tmp_path)
+    figures = json.loads((tmp_path / "runs/demo/metrics.json").read_text())
+    assert figures["fvu"] <= 0.22
+    assert 0.53 <= figures["pca_fvu"] <= 0.57
+    assert figures["l0"] == 32
+    assert figures["dead_share"] < 0.01
+    assert f"{figures['fvu']:.4f}" in done.stdout
+    assert SAE.load(tmp_path / "runs/demo").config.d_sae == 3072
+
+
+def test_help_says_what_options_mean() -> None:
+    text = run("train", "--help").stdout
+    for words in ("--d-sae", "Number of latents.", "(default: 32)", "Tokens a step."):
+        assert words in text
+    assert all(name in run("--help").stdout for name in ("demo", "train", "info"))
+
+
+def test_info_names_every_backend() -> None:
+    text = run("info").stdout
+    assert torch.__version__ in text
+    for backend in ("reference", "cpu", "triton"):
+        assert any(line.startswith(backend) for line in text.splitlines())
+    assert "instruction set" in text
