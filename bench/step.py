@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -45,21 +45,44 @@ def memory(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}")
 
 
-def trainer_step(shape: Shape, x: torch.Tensor, options: list[str]) -> tuple[Step, SAE]:
+def trainer_step(
+    shape: Shape,
+    x: torch.Tensor,
+    optimizer: Any,
+    options: list[str],
+    dtype: Literal["float32", "float64"] = "float32",
+    backend: str | None = None,
+) -> tuple[Step, SAE]:
+    """fastsae's own step. "auxk": a tenth of the latents counts as dead (see below)."""
     _, d, f, k = shape
-    dead_after = 1 if "auxk" in options else 10**9
-    sae = SAE(SAEConfig(d, f, TopK(k), dead_after=dead_after))
-    clip = 1.0 if "clip" in options else None
-    trainer = Trainer(sae, open_source(x), TrainConfig(steps=10**9, warmup_steps=0, clip=clip))
+    config = SAEConfig(d, f, TopK(k), dtype=dtype, dead_after=10**9)
+    sae = SAE(config, backend=backend)
+    if "auxk" in options:
+        assert sae.b_enc is not None
+        # Their bias keeps nearly all of them below the k-th value, yet leaves them about D/2 positive
+        # pre-activations a token at the first shape, so that the auxiliary selection is full.
+        sae.b_enc.data[: f // 10] = -1
+        sae.tokens_since_fired[: f // 10] = 10**9
+    settings = TrainConfig(
+        steps=10**9,
+        warmup_steps=0,
+        optimizer=optimizer,
+        clip=1.0 if "clip" in options else None,
+    )
+    trainer = Trainer(sae, open_source(x), settings)
     return lambda batch: trainer.step(Batch(batch, None)).losses["mse"].detach(), sae
 
 
-def dense_step(shape: Shape, x: torch.Tensor, options: list[str]) -> tuple[Step, SAE]:
+def dense_step(
+    shape: Shape, x: torch.Tensor, optimizer: str, options: list[str]
+) -> tuple[Step, SAE]:
     """The same step as a careful user writes it in torch: dense products and torch.topk."""
     _, d, f, k = shape
     sae = SAE(SAEConfig(d, f, TopK(k)))
     assert sae.b_enc is not None
-    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4 / (f / 2**14) ** 0.5, fused=True)
+    adam = torch.optim.Adam(
+        sae.parameters(), lr=2e-4 / (f / 2**14) ** 0.5, eps=TrainConfig.eps, fused=True
+    )
     since_fired = torch.zeros(f, dtype=torch.int64)
 
     def step(batch: torch.Tensor) -> torch.Tensor:
@@ -67,7 +90,7 @@ def dense_step(shape: Shape, x: torch.Tensor, options: list[str]) -> tuple[Step,
         top = h.topk(k)
         z = torch.zeros_like(h).scatter(1, top.indices, top.values)
         loss = (z @ sae.W_dec + sae.b_dec - batch).square().mean()
-        optimizer.zero_grad(set_to_none=True)
+        adam.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():
             since_fired.add_(len(batch))
@@ -75,7 +98,7 @@ def dense_step(shape: Shape, x: torch.Tensor, options: list[str]) -> tuple[Step,
             grad = sae.W_dec.grad
             assert grad is not None
             grad -= (grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
-            optimizer.step()
+            adam.step()
             sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
         return loss.detach()
 
@@ -84,32 +107,32 @@ def dense_step(shape: Shape, x: torch.Tensor, options: list[str]) -> tuple[Step,
 
 PROVIDERS = {"fastsae": trainer_step, "torch-dense": dense_step}
 ROWS: tuple[tuple[str, str, list[str]], ...] = (
+    ("fastsae", "adam", []),
+    ("fastsae", "adam-lazy", []),
+    ("fastsae", "adam", ["clip"]),
+    ("fastsae", "adam", ["auxk"]),
     ("fastsae", "torch-adam", []),
-    ("fastsae", "torch-adam", ["clip"]),
     ("torch-dense", "torch-adam", []),
 )
 
 
-def check(provider: str, options: list[str]) -> None:
-    """Raises unless a step's loss and gradients on a small problem are the float64 reference's."""
+def check(provider: str, optimizer: str, options: list[str]) -> None:
+    """Raises unless three steps on a small problem follow fastsae's reference in float64."""
     shape = (96, 40, 512, 8)
     torch.manual_seed(1)
-    x = torch.randn(*shape[:2])
-    step, sae = PROVIDERS[provider](shape, x, [o for o in options if o == "clip"])
-    oracle = SAE(
-        SAEConfig(shape[1], shape[2], TopK(shape[3]), dtype="float64"), backend="reference"
+    batches = torch.randn(3, *shape[:2])
+    step, sae = PROVIDERS[provider](shape, batches[0], optimizer, options)
+    oracle_step, oracle = trainer_step(
+        shape, batches[0], optimizer, options, dtype="float64", backend="reference"
     )
     oracle.load_state_dict(sae.state_dict())
-    expected = oracle.losses(x.double()).loss
-    expected.backward()
-    oracle.project_decoder_gradient_()
-    if "clip" in options:
-        torch.nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
-    loss = step(x)
-    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
+    for batch in batches:
+        expected = oracle_step(batch.double())
+        torch.testing.assert_close(step(batch).double(), expected, rtol=1e-5, atol=0)
     for (name, p), q in zip(sae.named_parameters(), oracle.parameters(), strict=True):
-        assert p.grad is not None and q.grad is not None, name
-        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-6)
+        # Adam's first steps are sign-like, so a few tiny gradients may go the other way.
+        lr = 2e-4 / (shape[2] / 2**14) ** 0.5
+        assert float((p.detach().double() - q.detach()).abs().mean()) < 1e-3 * lr, name
 
 
 def measure(
@@ -117,12 +140,12 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the table."""
     torch.set_num_threads(threads)
-    check(provider, options)
+    check(provider, optimizer, options)
     n, d, f, k = shape
     torch.manual_seed(0)
     batches = [torch.randn(n, d) for _ in range(4)]  # taken in turn, so that no cache is flattered
     before = memory("VmRSS")
-    step, sae = PROVIDERS[provider](shape, batches[0], options)
+    step, sae = PROVIDERS[provider](shape, batches[0], optimizer, options)
     for i in range(2):
         step(batches[i])
     Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew

@@ -26,12 +26,15 @@ struct Kernels {
   decltype(&base::column_sum) column_sum;
   decltype(&base::project_rows) project_rows;
   decltype(&base::normalize_rows) normalize_rows;
+  decltype(&base::adam) adam;
+  decltype(&base::gradient_square_norm) gradient_square_norm;
 };
 
 #define FASTSAE_KERNELS(ISA)                                                                       \
   Kernels {                                                                                        \
     #ISA, ISA::encode, ISA::decode_fwd, ISA::decode_error, ISA::decode_bwd_vals, ISA::build_index, \
-        ISA::row_gradients, ISA::column_sum, ISA::project_rows, ISA::normalize_rows                \
+        ISA::row_gradients, ISA::column_sum, ISA::project_rows, ISA::normalize_rows, ISA::adam,    \
+        ISA::gradient_square_norm                                                                  \
   }
 
 // What this CPU can run, best first.
@@ -131,7 +134,8 @@ View optional_view(const py::handle& t, const std::string& name, const std::stri
 
 // The kernels index (n, k) arrays as one run of entries.
 View packed(const View& v, const std::string& name) {
-  if (v.rows > 1 && v.ld != v.cols) throw py::value_error(name + ": expected a contiguous tensor");
+  if (v.rows > 1 && v.cols > 0 && v.ld != v.cols)
+    throw py::value_error(name + ": expected a contiguous tensor");
   return v;
 }
 
@@ -148,9 +152,9 @@ void check_threads(int threads) {
     throw py::value_error("threads: expected 1 to 1024, got " + std::to_string(threads));
 }
 
-// vals (float32) and idx (int32) of (n, k), or of (nnz) with row_ptr (n + 1) int64; ids in [-1,
-// n_latents).
-Pairs pairs(const py::handle& vals, const py::handle& idx, const py::handle& row_ptr, int64_t n,
+// vals (float32; null where none are wanted) and idx (int32) of (n, k), or of (nnz) with row_ptr
+// (n + 1) int64; ids in [-1, n_latents).
+Pairs pairs(const py::object* vals, const py::handle& idx, const py::handle& row_ptr, int64_t n,
             int64_t n_latents) {
   Pairs p{};
   p.n = n;
@@ -158,11 +162,10 @@ Pairs pairs(const py::handle& vals, const py::handle& idx, const py::handle& row
   if (row_ptr.is_none()) {
     i = packed(view(idx, "idx", "int32", {n, ANY}), "idx");
     p.k = i.cols;
-    if (!vals.is_none())
-      p.vals = packed(view(vals, "vals", "float32", {n, p.k}), "vals").as<float>();
+    if (vals) p.vals = packed(view(*vals, "vals", "float32", {n, p.k}), "vals").as<float>();
   } else {
     i = view(idx, "idx", "int32", {ANY});
-    if (!vals.is_none()) p.vals = view(vals, "vals", "float32", {i.cols}).as<float>();
+    if (vals) p.vals = view(*vals, "vals", "float32", {i.cols}).as<float>();
     p.row_ptr = view(row_ptr, "row_ptr", "int64", {n + 1}).as<int64_t>();
     bool ascending = p.row_ptr[0] == 0 && p.row_ptr[n] == i.cols;
     for (int64_t r = 0; ascending && r < n; ++r) ascending = p.row_ptr[r] <= p.row_ptr[r + 1];
@@ -254,7 +257,7 @@ void decode_fwd(py::object vals, py::object idx, py::object row_ptr, py::object 
   const View ov = view(out, "out", FLOATS, {ANY, wv.cols}, OUT);
   const View bv = optional_view(bias, "b_dec", "float32", {wv.cols});
   check_latents(wv.rows);
-  const DecodeArgs a = decode_args(pairs(vals, idx, row_ptr, ov.rows, wv.rows), wv, bv, threads);
+  const DecodeArgs a = decode_args(pairs(&vals, idx, row_ptr, ov.rows, wv.rows), wv, bv, threads);
   const Kernels& k = kernels_for(isa);
   py::gil_scoped_release release;
   k.decode_fwd(a, ov.mutable_matrix());
@@ -272,10 +275,10 @@ double decode_error(py::object vals, py::object idx, py::object row_ptr, py::obj
       packed(optional_view(reconstruction, "reconstruction", "float32", {tv.rows, wv.cols}, OUT),
              "reconstruction");
   check_latents(wv.rows);
-  const DecodeArgs a = decode_args(pairs(vals, idx, row_ptr, tv.rows, wv.rows), wv, bv, threads);
+  const DecodeArgs a = decode_args(pairs(&vals, idx, row_ptr, tv.rows, wv.rows), wv, bv, threads);
   ErrorOutputs out{ev.as<float>(), rv.as<float>(), nullptr};
   if (!dvals.is_none())
-    out.dvals = const_cast<float*>(pairs(dvals, idx, row_ptr, tv.rows, wv.rows).vals);
+    out.dvals = const_cast<float*>(pairs(&dvals, idx, row_ptr, tv.rows, wv.rows).vals);
   const Kernels& k = kernels_for(isa);
   py::gil_scoped_release release;
   return k.decode_error(a, tv.matrix(), out);
@@ -287,7 +290,7 @@ void decode_bwd_vals(py::object g, py::object idx, py::object row_ptr, py::objec
   const View wv = view(w, "W_dec", FLOATS, {ANY, ANY});
   const View gv = view(g, "g", FLOATS, {ANY, wv.cols});
   check_latents(wv.rows);
-  const Pairs codes = pairs(dvals, idx, row_ptr, gv.rows, wv.rows);
+  const Pairs codes = pairs(&dvals, idx, row_ptr, gv.rows, wv.rows);
   const DecodeArgs a = decode_args(codes, wv, View{}, threads);
   const Kernels& k = kernels_for(isa);
   py::gil_scoped_release release;
@@ -302,7 +305,7 @@ void build_index(py::object idx, py::object row_ptr, int64_t n_tokens, py::objec
   check_latents(ptr.cols - 1);
   if (n_tokens < 0)
     throw py::value_error("n_tokens: expected at least 0, got " + std::to_string(n_tokens));
-  const Pairs codes = pairs(py::none(), idx, row_ptr, n_tokens, ptr.cols - 1);
+  const Pairs codes = pairs(nullptr, idx, row_ptr, n_tokens, ptr.cols - 1);
   const int64_t nnz = codes.row_ptr ? codes.row_ptr[n_tokens] : n_tokens * codes.k;
   const View tv = view(token, "token", "int32", {nnz}, OUT),
              ev = view(entry, "entry", "int32", {nnz}, OUT);
@@ -313,29 +316,34 @@ void build_index(py::object idx, py::object row_ptr, int64_t n_tokens, py::objec
   k.build_index(a);
 }
 
-void row_gradients(py::object latent_ptr, py::object token, py::object entry, py::object coef,
-                   py::object src, py::object rows, py::object coef_sums, int threads,
-                   const std::string& isa) {
-  check_threads(threads);
-  const View ptr = view(latent_ptr, "latent_ptr", "int64", {ANY});
-  if (ptr.cols < 1) throw py::value_error("latent_ptr: expected n_latents + 1 entries, got 0");
-  const int64_t n_latents = ptr.cols - 1;
-  const View sv = view(src, "src", FLOATS, {ANY, ANY});
+// An inverse index with coefficients (flattened entries) and the rows they weigh.
+Segment segment(const py::handle& latent_ptr, const py::handle& token, const py::handle& entry,
+                const py::handle& coef, const View& src, int64_t n_latents) {
+  const View ptr = view(latent_ptr, "latent_ptr", "int64", {n_latents + 1});
   const View tv = view(token, "token", "int32", {ANY}),
              ev = view(entry, "entry", "int32", {tv.cols});
-  const View cv = packed(view(coef, "coef", "float32", {ANY}), "coef");
-  const View rv = optional_view(rows, "rows", FLOATS, {n_latents, sv.cols}, OUT);
-  const View sums = optional_view(coef_sums, "coef_sums", "float32", {n_latents}, OUT);
+  const View cv = view(coef, "coef", "float32", {ANY});
   const int64_t* p = ptr.as<int64_t>();
   bool ascending = p[0] == 0 && p[n_latents] <= tv.cols;
   for (int64_t f = 0; ascending && f < n_latents; ++f) ascending = p[f] <= p[f + 1];
   if (!ascending)
     throw py::value_error("latent_ptr: expected an ascending sequence from 0 to at most nnz");
-  check_range(tv.as<int32_t>(), p[n_latents], 0, sv.rows, "token");
+  check_range(tv.as<int32_t>(), p[n_latents], 0, src.rows, "token");
   check_range(ev.as<int32_t>(), p[n_latents], 0, cv.cols, "entry");
-  const RowGradientArgs a{
-      p,         tv.as<int32_t>(), ev.as<int32_t>(),    cv.as<float>(),   sv.matrix(),
-      n_latents, sv.cols,          rv.mutable_matrix(), sums.as<float>(), threads};
+  return {p, tv.as<int32_t>(), ev.as<int32_t>(), cv.as<float>(), src.matrix()};
+}
+
+void row_gradients(py::object latent_ptr, py::object token, py::object entry, py::object coef,
+                   py::object src, py::object rows, py::object coef_sums, int threads,
+                   const std::string& isa) {
+  check_threads(threads);
+  const int64_t n_latents = view(latent_ptr, "latent_ptr", "int64", {ANY}).cols - 1;
+  if (n_latents < 0) throw py::value_error("latent_ptr: expected n_latents + 1 entries, got 0");
+  const View sv = view(src, "src", FLOATS, {ANY, ANY});
+  const Segment s = segment(latent_ptr, token, entry, coef, sv, n_latents);
+  const View rv = optional_view(rows, "rows", FLOATS, {n_latents, sv.cols}, OUT);
+  const View sums = optional_view(coef_sums, "coef_sums", "float32", {n_latents}, OUT);
+  const RowGradientArgs a{s, n_latents, sv.cols, rv.mutable_matrix(), sums.as<float>(), threads};
   const Kernels& k = kernels_for(isa);
   py::gil_scoped_release release;
   k.row_gradients(a);
@@ -369,6 +377,71 @@ void normalize_rows(py::object w, int threads, const std::string& isa) {
   k.normalize_rows(wv.mutable_matrix(), wv.rows, wv.cols, threads);
 }
 
+// Everything about one parameter's step. segments: tuples (latent_ptr, token, entry, coef, src).
+struct AdamCall {
+  std::vector<Segment> segments;
+  AdamArgs args{};
+
+  AdamCall(const py::handle& p, const py::handle& dense, const py::list& pairs, bool project,
+           int threads) {
+    check_threads(threads);
+    const View pv = view(p, "p", FLOATS, {ANY, ANY}, OUT);
+    check_latents(pv.rows);
+    args.dense = optional_view(dense, "dense", FLOATS, {pv.rows, pv.cols}).matrix();
+    for (const py::handle& item : pairs) {
+      const auto s = item.cast<py::tuple>();
+      if (s.size() != 5)
+        throw py::value_error("segments: expected tuples of 5, got one of " +
+                              std::to_string(s.size()));
+      segments.push_back(
+          segment(s[0], s[1], s[2], s[3], view(s[4], "src", FLOATS, {ANY, pv.cols}), pv.rows));
+    }
+    args.p = pv.mutable_matrix();
+    args.n = pv.rows;
+    args.d = pv.cols;
+    args.segments = segments.data();
+    args.n_segments = static_cast<int64_t>(segments.size());
+    args.project = project;
+    args.threads = threads;
+  }
+};
+
+double gradient_square_norm(py::object p, py::object dense, py::list segments, bool project,
+                            int threads, const std::string& isa) {
+  const AdamCall call(p, dense, segments, project, threads);
+  const Kernels& k = kernels_for(isa);
+  py::gil_scoped_release release;
+  return k.gradient_square_norm(call.args);
+}
+
+void adam(py::object p, py::object m, py::object v, py::object last, py::object dense,
+          py::list segments, double lr, double beta1, double beta2, double eps, double weight_decay,
+          double scale, int64_t step, bool lazy, bool project, bool normalize, int threads,
+          const std::string& isa) {
+  AdamCall call(p, dense, segments, project, threads);
+  AdamArgs& a = call.args;
+  a.m = packed(optional_view(m, "m", "float32", {a.n, a.d}, OUT), "m").as<float>();
+  a.v = packed(view(v, "v", "float32", {a.n, a.d}, OUT), "v").as<float>();
+  a.last = view(last, "last", "int32", {a.n}, OUT).as<int32_t>();
+  if (!a.m && beta1 != 0)
+    throw py::value_error("m: expected a first moment with beta1 above 0, got None");
+  if (a.m && beta1 == 0) throw py::value_error("m: expected None with beta1 of 0, got a tensor");
+  if (step < 1 || step >= int64_t{1} << 31)
+    throw py::value_error("step: expected 1 to 2**31 - 1, got " + std::to_string(step));
+  a.lr = lr;
+  a.beta1 = beta1;
+  a.beta2 = beta2;
+  a.eps = eps;
+  a.weight_decay = weight_decay;
+  a.scale = scale;
+  a.step = step;
+  a.lazy = lazy;
+  a.normalize = normalize;
+  const Kernels& k = kernels_for(isa);
+  py::gil_scoped_release release;
+  k.adam(a);
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (const Kernels& k : available()) names.push_back(k.isa);
@@ -400,4 +473,10 @@ PYBIND11_MODULE(_C, m) {
         arg("isa") = "");
   m.def("project_rows", &project_rows, arg("grad"), arg("W_dec"), arg("threads"), arg("isa") = "");
   m.def("normalize_rows", &normalize_rows, arg("W_dec"), arg("threads"), arg("isa") = "");
+  m.def("gradient_square_norm", &gradient_square_norm, arg("p"), arg("dense"), arg("segments"),
+        arg("project"), arg("threads"), arg("isa") = "");
+  m.def("adam", &adam, arg("p"), arg("m"), arg("v"), arg("last"), arg("dense"), arg("segments"),
+        arg("lr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"), arg("scale"),
+        arg("step"), arg("lazy"), arg("project"), arg("normalize"), arg("threads"),
+        arg("isa") = "");
 }

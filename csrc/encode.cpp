@@ -174,6 +174,8 @@ class Encoder {
     if (a.n == 0 || a.f == 0 || a.k == 0) return {};
     parallel_for(n_panels, a.threads, [&](int64_t panel, int) { pack_panel(panel); });
     if (found.token >= 0) return found;
+    for (int64_t n = 0; n < a.n; ++n)
+      if (by_residual.data[n] > largest_norm) largest_norm = by_residual.data[n];
 
     // A block of tokens should stay in the L2 cache while the latents pass by, but still be worth
     // the copying of each latent. Where tokens are too few for all threads, the latents are divided
@@ -181,10 +183,12 @@ class Encoder {
     int64_t block = a.block_tokens;
     if (block <= 0) {
       const int64_t share = (a.n + 2 * a.threads - 1) / (2 * a.threads);
-      block = smaller(512, (int64_t{3} << 19) / (steps * static_cast<int64_t>(sizeof(X))));
+      block = (int64_t{3} << 19) / (larger(1, steps) * static_cast<int64_t>(sizeof(X)));
+      block = smaller(512, block);
       block = smaller(block, (int64_t{4} << 20) / (capacity * Candidates::WORDS * 4));
       block = smaller(block, larger(share, 128));
     }
+    block = smaller(block, a.n);
     panels_in_block = larger(1, (block + P - 1) / P);
     const int64_t n_blocks = (n_panels + panels_in_block - 1) / panels_in_block;
     const int64_t n_groups = (a.f + R - 1) / R;
@@ -251,6 +255,7 @@ class Encoder {
   const double slope;
   const int64_t capacity;
   int64_t panels_in_block = 0;
+  double largest_norm = 0;  // of the tokens, rounded up
   Buffer<X> x;
   Buffer<float> by_norm, by_residual;
   NonFinite found;
@@ -304,15 +309,18 @@ class Encoder {
       lost2 = norm2 * 0x1p-16;
     }
     if (!std::isfinite(norm2) || !std::isfinite(b)) fail(-1, id);
-    // Squares below fp32's range count as nothing above: 2^-70 a weight covers them.
-    const double unseen = std::sqrt(double(a.d)) * 0x1p-70;
+    // Squares below fp32's normal range may be flushed above: 2^-63 a weight covers them.
+    const double unseen = std::sqrt(double(a.d)) * 0x1p-63;
     const double grow = 1 + a.d * 2 * U;
     const double constant = 4 * U * std::fabs(double(b)) + 4.0 * a.d * TINY;
     const double norm = std::sqrt(norm2) * grow + unseen,
                  residual = std::sqrt(lost2) * grow + unseen;
-    return {clamp(norm), clamp(residual), clamp(constant), b};
+    // Where a sum could pass fp32's range no bound holds: every pair is kept and scored exactly.
+    if (!(largest_norm * norm + std::fabs(double(b)) < 1e38 && norm < 1e38))
+      return {INFINITY, INFINITY, INFINITY, b};
+    return {upwards(norm), upwards(residual), upwards(constant), b};
   }
-  static float clamp(double v) { return v < 3e38 ? static_cast<float>(v) * ROUND_UP : 3e38f; }
+  static float upwards(double v) { return static_cast<float>(v) * ROUND_UP; }
 
   void screen_block(const Block& b, Range groups, W* group) {
     const int64_t end_panel =

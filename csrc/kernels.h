@@ -72,15 +72,34 @@ struct IndexArgs {
   int threads;
 };
 
-struct RowGradientArgs {
+struct Segment {  // some pairs' share of a gradient: Σ coef·src[token] for each latent
   const int64_t* latent_ptr;
   const int32_t* token;
   const int32_t* entry;
-  const float* coef;  // per entry
-  Matrix src;         // (n, d)
+  const float* coef;
+  Matrix src;  // (tokens, d)
+};
+
+struct RowGradientArgs {
+  Segment pairs;
   int64_t n_latents, d;
   MutableMatrix rows;  // (n_latents, d) out, or data null
   float* coef_sums;    // (n_latents) out, or null
+  int threads;
+};
+
+struct AdamArgs {
+  MutableMatrix p;  // (n, d) parameter, updated
+  int64_t n, d;
+  float* m;       // (n, d) first moment, updated; null where beta1 is 0
+  float* v;       // (n, d) second moment, updated
+  int32_t* last;  // (n) the step that last updated a row, 0 for none; updated
+  Matrix dense;   // (n, d) gradient besides the segments', or data null
+  const Segment* segments;
+  int64_t n_segments;
+  double lr, beta1, beta2, eps, weight_decay, scale;
+  int64_t step;  // from 1
+  bool lazy, project, normalize;
   int threads;
 };
 
@@ -95,6 +114,8 @@ struct RowGradientArgs {
   void column_sum(Matrix m, const float* coef, int64_t n, int64_t d, float* out, int threads); \
   void project_rows(MutableMatrix grad, Matrix w, int64_t n, int64_t d, int threads);          \
   void normalize_rows(MutableMatrix w, int64_t n, int64_t d, int threads);                     \
+  void adam(const AdamArgs&);                                                                  \
+  double gradient_square_norm(const AdamArgs&);                                                \
   }
 
 FASTSAE_DECLARE_KERNELS(base)

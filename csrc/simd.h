@@ -93,6 +93,22 @@ FASTSAE_INLINE vec fma(vec a, vec b, vec c) {
 #endif
 }
 
+FASTSAE_INLINE vec root(vec a) {  // correctly rounded square roots
+#if defined(__AVX512F__)
+  return (vec)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+  return (vec)_mm256_sqrt_ps((__m256)a);
+#elif defined(__x86_64__)
+  return (vec)_mm_sqrt_ps((__m128)a);
+#elif defined(__aarch64__)
+  return (vec)vsqrtq_f32((float32x4_t)a);
+#else
+  vec r;
+  for (int i = 0; i < LANES; ++i) r[i] = __builtin_sqrtf(a[i]);
+  return r;
+#endif
+}
+
 // Bit i is set unless a[i] < b[i]: a NaN counts as "not less".
 FASTSAE_INLINE uint32_t not_less(vec a, vec b) {
 #if defined(__AVX512F__)

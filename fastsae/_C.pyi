@@ -71,3 +71,31 @@ def column_sum(
 ) -> None: ...
 def project_rows(grad: Tensor, W_dec: Tensor, threads: int, isa: str = "") -> None: ...
 def normalize_rows(W_dec: Tensor, threads: int, isa: str = "") -> None: ...
+def gradient_square_norm(
+    p: Tensor,
+    dense: Tensor | None,
+    segments: list[tuple[Tensor, ...]],
+    project: bool,
+    threads: int,
+    isa: str = "",
+) -> float: ...
+def adam(
+    p: Tensor,
+    m: Tensor | None,
+    v: Tensor,
+    last: Tensor,
+    dense: Tensor | None,
+    segments: list[tuple[Tensor, ...]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    step: int,
+    lazy: bool,
+    project: bool,
+    normalize: bool,
+    threads: int,
+    isa: str = "",
+) -> None: ...

@@ -116,6 +116,7 @@ class Codes:
             latent[order],
             self.vals.reshape(-1)[there][order],
             (self.n_tokens, self.n_latents),
+            check_invariants=True,
         )
 
     @classmethod
@@ -167,7 +168,7 @@ class Codes:
             rows = rows.nonzero()[:, 0]
         if self.row_ptr is None:
             return Codes(self.vals[rows], self.idx[rows], self.n_latents)
-        rows = torch.arange(self.n_tokens, device=self.device)[rows]  # negative ids count from the end
+        rows = torch.arange(self.n_tokens, device=self.device)[rows]  # checked, and not negative
         lengths = self.row_ptr.diff()[rows]
         row_ptr = torch.zeros(len(rows) + 1, dtype=torch.int64, device=self.device)
         row_ptr[1:] = lengths.cumsum(0)

@@ -7,7 +7,7 @@ which is ``torch.get_num_threads()``, on the blocks or on the instruction set.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ try:
     from fastsae import _C
 except ImportError:  # built without a compiler; fastsae/__init__.py says so
     _C = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from fastsae.ops import RowGradient
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -138,13 +141,15 @@ def row_gradients(
     src: Tensor,
     n_latents: int,
     row_ptr: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    need_rows: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`fastsae.reference.row_gradients`."""
     index = inverse_index(idx, n_latents, row_ptr)
-    rows = torch.empty(n_latents, src.shape[1], dtype=dtype)
+    rows = torch.empty(n_latents if need_rows else 0, src.shape[1], dtype=dtype or torch.float32)
     sums = torch.empty(n_latents, dtype=torch.float32)
-    _C.row_gradients(*index, coef.view(-1), src, rows, sums, threads=torch.get_num_threads())
+    wanted = rows if need_rows else None
+    _C.row_gradients(*index, coef.view(-1), src, wanted, sums, threads=torch.get_num_threads())
     return rows, sums
 
 
@@ -165,3 +170,62 @@ def project_rows_(grad: Tensor, W_dec: Tensor) -> None:
 def normalize_rows_(W_dec: Tensor) -> None:
     """:func:`fastsae.reference.normalize_rows_`."""
     _C.normalize_rows(W_dec.detach(), threads=torch.get_num_threads())
+
+
+def _adam_inputs(
+    p: Tensor, dense: Tensor | None, gradients: list[RowGradient]
+) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, ...]]]:
+    matrix = p.detach().view(-1, p.shape[-1])
+    segments: list[tuple[Tensor, ...]] = [
+        (*inverse_index(g.idx, len(matrix), g.row_ptr), g.coef.contiguous().view(-1), g.src)
+        for g in gradients
+    ]
+    return matrix, None if dense is None else dense.contiguous().view(matrix.shape), segments
+
+
+def gradient_square_norm(
+    p: Tensor, dense: Tensor | None, gradients: list[RowGradient], project: bool
+) -> float:
+    """:func:`fastsae.reference.gradient_square_norm`."""
+    inputs = _adam_inputs(p, dense, gradients)
+    return _C.gradient_square_norm(*inputs, project, threads=torch.get_num_threads())
+
+
+def adam_(
+    p: Tensor,
+    dense: Tensor | None,
+    gradients: list[RowGradient],
+    project: bool,
+    m: Tensor | None,
+    v: Tensor,
+    last: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    step: int,
+    lazy: bool,
+) -> None:
+    """:func:`fastsae.reference.adam_`."""
+    matrix, grad, segments = _adam_inputs(p, dense, gradients)
+    _C.adam(
+        matrix,
+        None if m is None else m.view(matrix.shape),
+        v.view(matrix.shape),
+        last,
+        grad,
+        segments,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        scale=scale,
+        step=step,
+        lazy=lazy,
+        project=project,
+        normalize=project,
+        threads=torch.get_num_threads(),
+    )

@@ -10,8 +10,9 @@ and "triton" (decode so far). `backend=None` takes "cpu" where it can and else "
 """
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -135,14 +136,16 @@ def _row_gradients(
     n_latents: int,
     row_ptr: Tensor | None,
     dtype: torch.dtype,
+    need_rows: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _kernel(backend, "rows", "row_gradients")(coef, idx, src, n_latents, row_ptr, dtype)
+    kernel = _kernel(backend, "rows", "row_gradients")
+    return kernel(coef, idx, src, n_latents, row_ptr, dtype, need_rows)
 
 
 @_row_gradients.register_fake
-def _(coef, idx, src, n_latents, row_ptr, dtype, backend):
-    rows = src.new_empty(n_latents, src.shape[1], dtype=dtype)
+def _(coef, idx, src, n_latents, row_ptr, dtype, need_rows, backend):
+    rows = src.new_empty(n_latents if need_rows else 0, src.shape[1], dtype=dtype)
     return rows, src.new_empty(n_latents, dtype=_wide(src.dtype))
 
 
@@ -154,6 +157,46 @@ def _column_sum(m: Tensor, coef: Tensor | None, backend: str) -> Tensor:
 @_column_sum.register_fake
 def _(m, coef, backend):
     return m.new_empty(m.shape[1], dtype=_wide(m.dtype))
+
+
+# ---- row gradients that an optimiser takes as they are ----
+
+
+class RowGradient(NamedTuple):
+    """A share of a parameter's gradient: Σ coef·src[n] over the tokens n of each of its rows."""
+
+    coef: Tensor
+    """As idx."""
+    idx: Tensor
+    """(N, K), or (nnz) with row_ptr; int32, -1 pads."""
+    src: Tensor
+    """(N, D)."""
+    row_ptr: Tensor | None
+
+
+class RowGradientReceiver(Protocol):
+    """What takes row gradients: `fastsae.optim.Adam`."""
+
+    def receive(self, p: Tensor, gradient: RowGradient) -> None: ...
+
+
+_RECEIVER = "_fastsae_receiver"
+
+
+def collect_row_gradients(p: Tensor, receiver: Callable[[], RowGradientReceiver | None]) -> None:
+    """From now on backward hands p's row gradients to receiver() and leaves p.grad alone.
+
+    `receiver` is a weak reference: once it gives None, p has dense gradients again.
+    """
+    setattr(p, _RECEIVER, receiver)
+
+
+def _handed_over(p: Tensor, coef: Tensor, idx: Tensor, src: Tensor, row_ptr: Tensor | None) -> bool:
+    """Hands p's row gradient to its receiver, if it has one."""
+    receiver = getattr(p, _RECEIVER, lambda: None)()
+    if receiver is not None:
+        receiver.receive(p, RowGradient(coef, idx, src, row_ptr))
+    return receiver is not None
 
 
 # ---- autograd ----
@@ -184,8 +227,11 @@ class EncodeFunction(Function):
         if need_x:
             wide = _decode(dvals, idx, W_enc, None, None, ctx.backend)
             dx = wide.to(ctx.dtypes[0])
+        need_W = need_W and not _handed_over(W_enc, dvals, idx, xc, None)
         if need_W or need_b or need_pre:
-            dW, sums = _row_gradients(dvals, idx, xc, len(W_enc), None, W_enc.dtype, ctx.backend)
+            dW, sums = _row_gradients(
+                dvals, idx, xc, len(W_enc), None, W_enc.dtype, need_W, ctx.backend
+            )
             db = sums.to(ctx.dtypes[1]) if need_b else None
             dpre = -_column_sum(W_enc, sums, ctx.backend).to(ctx.dtypes[2]) if need_pre else None
         return dx, dW if need_W else None, db, dpre, None, None, None
@@ -203,20 +249,30 @@ class DecodeFunction(Function):
     @once_differentiable
     def backward(ctx, g):
         vals, idx, W_dec, row_ptr = ctx.saved_tensors
-        return _decode_backward(ctx, ctx.dtypes, vals, idx, W_dec, row_ptr, g, None)
+        return *_decode_gradients(ctx, vals, idx, W_dec, row_ptr, g), None, None
 
 
-def _decode_backward(ctx, dtypes, vals, idx, W_dec, row_ptr, g, dvals):
+def _decode_gradients(ctx, vals, idx, W_dec, row_ptr, g, dvals=None, scale=None):
+    """Gradients of vals, idx (none), W_dec and b_dec for scale·g; dvals: those of g, if known.
+
+    The scalar is applied to the small side of every product.
+    """
     need_vals, _, need_W, need_b = ctx.needs_input_grad[:4]
     dW = db = None
-    if need_vals and dvals is None:
-        dvals = _decode_bwd_vals(g, idx, W_dec, row_ptr, ctx.backend)
+    g = g.contiguous()
+    if need_vals:
+        dvals = _decode_bwd_vals(g, idx, W_dec, row_ptr, ctx.backend) if dvals is None else dvals
+        dvals = (dvals if scale is None else dvals * scale).to(ctx.dtypes[0])
     if need_W:
-        g = g.contiguous()
-        dW, _ = _row_gradients(vals, idx, g, len(W_dec), row_ptr, W_dec.dtype, ctx.backend)
+        coef = vals if scale is None else vals * scale
+        if not _handed_over(W_dec, coef, idx, g, row_ptr):
+            dW = _row_gradients(coef, idx, g, len(W_dec), row_ptr, W_dec.dtype, True, ctx.backend)[
+                0
+            ]
     if need_b:
-        db = _column_sum(g, None, ctx.backend).to(dtypes[1])
-    return dvals.to(dtypes[0]) if need_vals else None, None, dW, db, None, None
+        db = _column_sum(g, None, ctx.backend)
+        db = (db if scale is None else db * scale).to(ctx.dtypes[1])
+    return dvals if need_vals else None, None, dW, db
 
 
 class ErrorFunction(Function):
@@ -235,34 +291,22 @@ class ErrorFunction(Function):
     @once_differentiable
     def backward(ctx, dsse, derror, dreconstruction):
         vals, idx, W_dec, row_ptr, error, dvals = ctx.saved_tensors
+        need_target = ctx.needs_input_grad[4]
+        dtarget = None
         if derror is None and dreconstruction is None:
             if dsse is None:
                 return (None,) * 8
-            # g = 2·dsse·error: the scalar goes to the (N, K) side of every product
             scale = 2 * dsse
-            grads = _scaled_backward(ctx, vals, idx, W_dec, row_ptr, error, dvals, scale)
-            dtarget = -scale * error if ctx.needs_input_grad[4] else None
+            grads = _decode_gradients(ctx, vals, idx, W_dec, row_ptr, error, dvals, scale)
+            dtarget = -scale * error if need_target else None
         else:
-            g = error * (2 * dsse) if dsse is not None else torch.zeros_like(error)
-            dtarget = None
-            if ctx.needs_input_grad[4]:
-                dtarget = -g if derror is None else -(g + derror)
-            for part in (derror, dreconstruction):
-                g = g if part is None else g + part
-            grads = _decode_backward(ctx, ctx.dtypes, vals, idx, W_dec, row_ptr, g, None)[:4]
+            g = torch.zeros_like(error) if dsse is None else 2 * dsse * error
+            g = g if derror is None else g + derror
+            dtarget = -g if need_target else None
+            g = g if dreconstruction is None else g + dreconstruction
+            grads = _decode_gradients(ctx, vals, idx, W_dec, row_ptr, g)
         dtarget = None if dtarget is None else dtarget.to(ctx.dtypes[2])
         return *grads, dtarget, None, None, None
-
-
-def _scaled_backward(ctx, vals, idx, W_dec, row_ptr, error, dvals, scale):
-    need_vals, _, need_W, need_b = ctx.needs_input_grad[:4]
-    dW = db = None
-    if need_W:
-        coef = vals * scale
-        dW, _ = _row_gradients(coef, idx, error, len(W_dec), row_ptr, W_dec.dtype, ctx.backend)
-    if need_b:
-        db = (_column_sum(error, None, ctx.backend) * scale).to(ctx.dtypes[1])
-    return (dvals * scale).to(ctx.dtypes[0]) if need_vals else None, None, dW, db
 
 
 # ---- public ----
@@ -388,3 +432,48 @@ def normalize_rows_(W_dec: Tensor, *, backend: str | None = None) -> None:
     """Scales each row of W_dec (F, D) to norm 1, in place; a row of zeros stays."""
     _check(W_dec, "W_dec", (None, None))
     _kernel(_resolve(backend, W_dec), "rows", "normalize_rows_")(W_dec)
+
+
+def gradient_square_norm(
+    p: Tensor,
+    dense: Tensor | None,
+    gradients: list[RowGradient],
+    project: bool,
+    *,
+    backend: str | None = None,
+) -> float:
+    """‖g‖² of the gradient that `adam_` would apply to p for the same arguments."""
+    backend = _resolve(backend, p, dense)
+    return _kernel(backend, "adam", "gradient_square_norm")(p, dense, gradients, project)
+
+
+def adam_(
+    p: Tensor,
+    dense: Tensor | None,
+    gradients: list[RowGradient],
+    project: bool,
+    *,
+    m: Tensor | None,
+    v: Tensor,
+    last: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    step: int,
+    lazy: bool,
+    backend: str | None = None,
+) -> None:
+    """One step of Adam on p (rows, D) or (D), in place, for the gradient dense + Σ gradients.
+
+    project: the part of each row's gradient along the row is removed first, and the row gets norm 1
+    last. The gradient is multiplied with scale after that. m (None where beta1 is 0) and v are p's
+    moments, last (rows, int32) the step that last updated each row; all three are updated. step
+    counts from 1. lazy: rows without a pair stay as they are; else as torch.optim.Adam, or AdamW
+    with weight_decay.
+    """
+    backend = _resolve(backend, p, dense)
+    hyper = (lr, beta1, beta2, eps, weight_decay, scale, step, lazy)
+    _kernel(backend, "adam", "adam_")(p, dense, gradients, project, m, v, last, *hyper)

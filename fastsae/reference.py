@@ -22,8 +22,13 @@ differentiable by torch's autograd, and agree with these formulas.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastsae.ops import RowGradient
 
 
 def _check_finite(t: Tensor | None, name: str) -> None:
@@ -156,16 +161,19 @@ def row_gradients(
     n_latents: int,
     row_ptr: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    need_rows: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Σ coef·src[n] over each latent's tokens n (n_latents, D), in `dtype`, and Σ coef (n_latents).
 
     With coef = vals and src = g it is dW_dec; with coef = dvals and src = x, dW_enc and db_enc.
+    Without need_rows the first is returned empty, (0, D).
     """
     _, token, entry = inverse_index(idx, n_latents, row_ptr)
     wide = torch.promote_types(src.dtype, torch.float32)
     flat, latent = coef.reshape(-1)[entry.long()].to(wide), idx.reshape(-1)[entry.long()].long()
-    rows = src.new_zeros(n_latents, src.shape[1], dtype=wide)
-    rows.index_add_(0, latent, flat[:, None] * src[token.long()].to(wide))
+    rows = src.new_zeros(n_latents if need_rows else 0, src.shape[1], dtype=wide)
+    if need_rows:
+        rows.index_add_(0, latent, flat[:, None] * src[token.long()].to(wide))
     sums = flat.new_zeros(n_latents).index_add_(0, latent, flat)
     return rows.to(dtype or wide), sums
 
@@ -190,3 +198,76 @@ def normalize_rows_(W_dec: Tensor) -> None:
     W = W_dec.detach()
     norm = W.to(torch.promote_types(W.dtype, torch.float32)).norm(dim=1, keepdim=True)
     W.copy_((W / norm).where(norm > 0, W))
+
+
+def gradient_rows(
+    p: Tensor, dense: Tensor | None, gradients: list[RowGradient], project: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient that `adam_` scales and applies (rows, D), and which rows have one (rows)."""
+    matrix = p.detach().view(-1, p.shape[-1])
+    grad = matrix.new_zeros(matrix.shape, dtype=torch.promote_types(p.dtype, torch.float32))
+    touched = torch.full((len(matrix),), dense is not None, device=p.device)
+    if dense is not None:
+        grad += dense.reshape(matrix.shape)
+    for g in gradients:
+        rows, _ = row_gradients(g.coef, g.idx, g.src, len(matrix), g.row_ptr, grad.dtype)
+        grad += rows
+        touched[g.idx[g.idx >= 0].long()] = True
+    if project:
+        project_rows_(grad, matrix)
+    return grad, touched
+
+
+def gradient_square_norm(
+    p: Tensor, dense: Tensor | None, gradients: list[RowGradient], project: bool
+) -> float:
+    """‖g‖² of that gradient."""
+    return float(gradient_rows(p, dense, gradients, project)[0].double().square().sum())
+
+
+def adam_(
+    p: Tensor,
+    dense: Tensor | None,
+    gradients: list[RowGradient],
+    project: bool,
+    m: Tensor | None,
+    v: Tensor,
+    last: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    step: int,
+    lazy: bool,
+) -> None:
+    """:func:`fastsae.ops.adam_`: m ← β₁m + (1-β₁)g, v ← β₂v + (1-β₂)g², p ← p - lr m̂ / (√v̂ + ε).
+
+    m̂ = m / (1 - β₁^step) and v̂ = v / (1 - β₂^step) (Kingma & Ba 2015, algorithm 1).
+    """
+    grad, touched = gradient_rows(p, dense, gradients, project)
+    if not lazy and m is not None:
+        touched = touched | (last > 0)
+    if weight_decay:
+        touched = torch.ones_like(touched)
+    if not bool(touched.any()):
+        return
+    matrix = p.detach().view(-1, p.shape[-1])
+    g = grad[touched] * scale
+    w = matrix[touched].to(grad.dtype)
+    second = v.view(matrix.shape)[touched]
+    if m is None:
+        second = second * (beta2 ** (step - 1 - last[touched].to(second.dtype)))[:, None]
+        first = g
+    else:
+        first = m.view(matrix.shape)[touched] * beta1 + g * (1 - beta1)
+        m.view(matrix.shape)[touched] = first
+    second = second * beta2 + g * g * (1 - beta2)
+    v.view(matrix.shape)[touched] = second
+    last[touched] = step
+    denominator = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
+    w = w * (1 - lr * weight_decay) - first * (lr / (1 - beta1**step)) / denominator
+    if project:
+        normalize_rows_(w)
+    matrix[touched] = w.to(p.dtype)

@@ -31,6 +31,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+B_DEC_STARTS = ("geometric_median", "mean", "zero")
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,11 @@ class SAE(nn.Module):
         """Input tokens as the encoder and the skip connection see them; float32 or float64."""
         return _wide(self._tokens(x, self.config.d_in, "x")) * self.input_scale
 
+    def _skipped(self, tokens: Tensor) -> Tensor:
+        assert self.W_skip is not None
+        dtype = torch.promote_types(tokens.dtype, self.W_skip.dtype)
+        return tokens.to(dtype) @ self.W_skip.T.to(dtype)
+
     @property
     def _pre_bias(self) -> Tensor | None:
         return self.b_dec if self.config.apply_b_dec_to_input else None
@@ -226,8 +232,8 @@ class SAE(nn.Module):
                 raise ValueError(
                     "x: expected the codes' input (the SAE has a skip connection), got None"
                 )
-            out = out + self._scaled(x).to(out.dtype) @ self.W_skip.T
-        return (_wide(out) / self._out_scale).to(out.dtype)
+            out = _wide(out) + self._skipped(self._scaled(x))
+        return (_wide(out) / self._out_scale).to(self.W_dec.dtype)
 
     @property
     def _out_scale(self) -> Tensor:
@@ -261,7 +267,7 @@ class SAE(nn.Module):
             )
         else:
             y = tokens
-        skipped = None if self.W_skip is None else tokens.to(self.W_skip.dtype) @ self.W_skip.T
+        skipped = None if self.W_skip is None else self._skipped(tokens)
         if skipped is not None:
             y = y - skipped
 
@@ -340,7 +346,7 @@ class SAE(nn.Module):
         aux = self._error(codes, None, -error)[0]
         mean = ops.column_sum(error, backend=self.backend) / len(error)
         variance = sse - len(error) * (mean * mean).sum()
-        return torch.where(variance > 1e-5 * sse, aux / variance, 0)
+        return aux / variance.where(variance > 1e-5 * sse, torch.inf)  # inf: no NaN in the gradient
 
     # ---- the decoder's norm ----
 
@@ -373,7 +379,11 @@ class SAE(nn.Module):
         a fraction of the variance and learning rates and coefficients mean the same on any data.
         b_dec starts at a centre of the (scaled) target.
         """
+        if b_dec not in B_DEC_STARTS:
+            raise ValueError(f"b_dec: expected one of {', '.join(B_DEC_STARTS)}, got {b_dec!r}")
         x = self._tokens(x, self.config.d_in, "x")
+        if len(x) == 0:
+            raise ValueError("x: expected at least one token, got none")
         y = x if target is None else self._tokens(target, self.b_dec.numel(), "target")
         if self.config.is_transcoder and target is None:
             raise ValueError("target: expected a sample of targets for a transcoder, got None")
@@ -388,8 +398,6 @@ class SAE(nn.Module):
             self.b_dec.copy_(geometric_median(y, backend=self.backend))
         elif b_dec == "mean":
             self.b_dec.copy_(_mean(y, self.backend))
-        elif b_dec != "zero":
-            raise ValueError(f"b_dec: expected geometric_median, mean or zero, got {b_dec!r}")
 
     @torch.no_grad()
     def fold_scale_(self) -> SAE:
@@ -418,11 +426,16 @@ class SAE(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights, config = folder / "sae.safetensors", folder / "config.json"
+        new_weights, new_config = Path(f"{weights}.tmp"), Path(f"{config}.tmp")
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, f"{weights}.tmp")
-        Path(f"{config}.tmp").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        os.replace(f"{weights}.tmp", weights)
-        os.replace(f"{config}.tmp", config)
+        try:
+            save_file(tensors, new_weights)
+            new_config.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            os.replace(new_weights, weights)
+            os.replace(new_config, config)
+        finally:
+            new_weights.unlink(missing_ok=True)
+            new_config.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str | None = None) -> SAE:
@@ -464,15 +477,22 @@ def geometric_median(
     """The point with the least mean distance to the rows of x (n, D), by Weiszfeld's iteration.
 
     Starts at the mean; stops when a step is shorter than `tolerance` times the median's own mean
-    distance to the rows, or after max_steps. float32 (D).
+    distance to the rows, or after max_steps. Leaves a row that it meets as Vardi and Zhang (2000)
+    do. float32 (D).
     """
     x = x.float()
     centre = _mean(x, backend)
     for _ in range(max_steps):
         distance = torch.linalg.vector_norm(x - centre, dim=1)
-        weight = 1 / distance.clamp(min=1e-12)
+        here = int((distance == 0).sum())
+        weight = (1 / distance.clamp(min=1e-30)).where(distance > 0, 0)
         total = float(weight.double().cpu().numpy().sum())
-        step = ops.column_sum((x - centre) * weight[:, None], backend=backend) / total
+        if total == 0:
+            break
+        pull = ops.column_sum((x - centre) * weight[:, None], backend=backend)
+        step = pull / total
+        if here:  # these rows hold the centre back, and keep it if the others pull less than that
+            step = step * max(0.0, 1 - here / max(float(pull.norm()), 1e-30))
         centre = centre + step
         if float(step.norm()) <= tolerance * len(x) / total:
             break

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from fastsae import metrics
 from fastsae.data import Batch, Batches, Source, in_order
-from fastsae.sae import SAE, SAEOutput
+from fastsae.optim import Adam
+from fastsae.sae import B_DEC_STARTS, SAE, SAEOutput
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class TrainConfig:
     """Steps over which the learning rate rises linearly from 0; None: steps / 10, at most 1000."""
     decay_fraction: float = 0.2
     """Share of the steps, the last ones, over which it falls linearly to 0."""
+    optimizer: Literal["adam", "adam-lazy", "torch-adam"] = "adam"
+    """adam: exact, on gradient rows; adam-lazy: touched rows only; torch-adam: torch's own."""
     beta1: float = 0.9
     """Adam's decay of the mean gradient."""
     beta2: float = 0.999
@@ -57,9 +60,14 @@ class TrainConfig:
     """Steps between lines of log.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "init_rows", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "init_rows", "log_every", "seed", "warmup_steps"):
+            value, least = getattr(self, name), 0 if name in ("seed", "warmup_steps") else 1
+            if value is None and name == "warmup_steps":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}: expected an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
         for name in ("lr", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -73,8 +81,9 @@ class TrainConfig:
             raise ValueError(
                 f"decay_fraction: expected a number in [0, 1], got {self.decay_fraction}"
             )
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps: expected at least 0, got {self.warmup_steps}")
+        if self.b_dec not in B_DEC_STARTS:
+            starts = ", ".join(B_DEC_STARTS)
+            raise ValueError(f"b_dec: expected one of {starts}, got {self.b_dec!r}")
 
     def lr_factor(self, step: int) -> float:
         """What the peak learning rate is multiplied with at a step, counted from 0."""
@@ -94,23 +103,27 @@ class Trainer:
     def __init__(
         self, sae: SAE, source: Source, config: TrainConfig, *, out: str | Path | None = None
     ) -> None:
-        if source.d_in != sae.config.d_in:
-            raise ValueError(f"{source.name}: expected width {sae.config.d_in}, got {source.d_in}")
-        if (source.d_out if source.target else None) != sae.config.d_out:
-            raise ValueError(
-                f"{source.name}: expected targets of width {sae.config.d_out}, "
-                f"got {source.d_out if source.target else None}"
-            )
+        _check_widths(sae, source)
         self.sae, self.source, self.config = sae, source, config
         self.out = None if out is None else Path(out)
         self.lr = config.lr or 2e-4 / math.sqrt(sae.config.d_sae / 2**14)
-        self.optimizer = torch.optim.Adam(
-            sae.parameters(),
-            lr=self.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        betas = (config.beta1, config.beta2)
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "torch-adam":
+            self.optimizer = torch.optim.Adam(
+                sae.parameters(), lr=self.lr, betas=betas, eps=config.eps, fused=True
+            )
+        else:
+            self.optimizer = Adam(
+                sae.parameters(),
+                lr=self.lr,
+                betas=betas,
+                eps=config.eps,
+                lazy=config.optimizer == "adam-lazy",
+                clip=config.clip,
+                unit_rows=[sae.W_dec] if sae.config.decoder_norm == "unit" else [],
+                backend=sae.backend,
+            )
         self.step_count = 0
 
     def initialize(self) -> None:
@@ -128,16 +141,24 @@ class Trainer:
         sae.train()
         device = sae.W_dec.device
         target = None if batch.target is None else batch.target.to(device)
-        output = sae.losses(batch.x.to(device), target)
+        try:
+            output = sae.losses(batch.x.to(device), target)
+        except ValueError as error:  # a source has finite rows, so it is the weights
+            if "finite" not in str(error):
+                raise
+            raise FloatingPointError(self._diverged(str(error))) from error
         optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
-        sae.project_decoder_gradient_()
-        if self.config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip)
         for group in optimizer.param_groups:
             group["lr"] = self.lr * self.config.lr_factor(self.step_count)
-        optimizer.step()
-        sae.normalize_decoder_()
+        if isinstance(optimizer, Adam):  # projects, clips and normalises itself
+            optimizer.step()
+        else:
+            sae.project_decoder_gradient_()
+            if self.config.clip is not None:
+                torch.nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip)
+            optimizer.step()
+            sae.normalize_decoder_()
         self.step_count += 1
         return output
 
@@ -153,8 +174,10 @@ class Trainer:
             settings = {"sae": self.sae.config.to_dict(), "train": asdict(self.config)}
             log.write(json.dumps({"config": settings}) + "\n")
         try:
-            self.initialize()
-            batches = Batches(self.source, self.config.batch_size, self.config.seed)
+            if self.step_count == 0:
+                self.initialize()
+            start_row = self.step_count * self.config.batch_size
+            batches = Batches(self.source, self.config.batch_size, self.config.seed, start_row)
             with tqdm(
                 total=self.config.steps, disable=None if progress else True, unit="step"
             ) as bar:
@@ -171,8 +194,7 @@ class Trainer:
                     line = self._log_line(output, time.perf_counter() - start)
                     if not math.isfinite(line["loss"]):
                         raise FloatingPointError(
-                            f"step {self.step_count}: expected a finite loss, got {line['loss']}; "
-                            "a lower learning rate usually helps"
+                            self._diverged(f"expected a finite loss, got {line['loss']}")
                         )
                     bar.set_postfix(loss=f"{line['loss']:.4f}", dead=line["n_dead"])
                     if log is not None:
@@ -182,10 +204,16 @@ class Trainer:
             if log is not None:
                 log.close()
         seconds = time.perf_counter() - start
+        for name, p in self.sae.named_parameters():  # what the last update wrote is in no loss
+            if not bool(torch.isfinite(p).all()):
+                raise FloatingPointError(self._diverged(f"expected a finite {name}"))
         if self.out is not None:
             self.sae.save(self.out)
         tokens = self.config.steps * self.config.batch_size
         return {"train_seconds": seconds, "tokens_per_s": tokens / seconds}
+
+    def _diverged(self, what: str) -> str:
+        return f"step {self.step_count}: {what}; a lower learning rate usually helps"
 
     def _log_line(self, output: SAEOutput, seconds: float) -> dict[str, Any]:
         tokens = self.step_count * self.config.batch_size
@@ -202,6 +230,16 @@ class Trainer:
         }
 
 
+def _check_widths(sae: SAE, source: Source) -> None:
+    if source.d_in != sae.config.d_in:
+        raise ValueError(f"{source.name}: expected width {sae.config.d_in}, got {source.d_in}")
+    d_out = None if source.target is None else source.d_out
+    if d_out != sae.config.d_out:
+        raise ValueError(
+            f"{source.name}: expected targets of width {sae.config.d_out}, got {d_out}"
+        )
+
+
 @torch.no_grad()
 def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, float]:
     """One pass over a source: fvu, explained_variance, l0 and dead_share.
@@ -210,6 +248,7 @@ def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, floa
     - fvu, l0 the mean number of active latents a row, dead_share the share of latents that no row
     activates.
     """
+    _check_widths(sae, source)
     was_training = sae.training
     sae.eval()
     fvu = metrics.FVU()

@@ -1,0 +1,151 @@
+"""Adam that consumes the gradients of selected rows as they are: pairs and the rows they weigh.
+
+    optimizer = Adam(sae.parameters(), lr=1e-3, unit_rows=[sae.W_dec])
+    sae.losses(x).loss.backward()
+    optimizer.step()
+
+A batch touches nnz pairs of W_enc and W_dec. Plain autograd spreads their gradients over two F×D
+matrices, which the optimiser reads again. This one asks the ops to leave the pairs with it instead
+(`RowGradient`), and sums a row's gradient when it updates the row: no F×D gradient exists, and
+`.grad` of these parameters stays None. Parameters of any other kind keep their `.grad`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastsae import ops
+
+
+class Adam(torch.optim.Optimizer):
+    """Adam (Kingma & Ba 2015) with the row gradients of fastsae's ops.
+
+    The update is torch.optim.Adam's for every row, to the rounding; moments are float32 (float64
+    for float64 parameters). With betas[0] = 0 an untouched row does not move, so its second moment
+    is caught up when it is next touched, which is exact too and leaves untouched rows unread.
+
+    lazy: untouched rows keep their moments and values, as in torch.optim.SparseAdam; not Adam.
+    clip: scales the whole gradient down to this global norm.
+    weight_decay: decoupled (AdamW); ValueError with lazy, where it cannot be exact.
+    unit_rows: parameters whose rows have norm 1: the gradient's part along a row is removed before
+    the update (and before clipping), and the row is normalised after it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        lazy: bool = False,
+        clip: float | None = None,
+        unit_rows: Iterable[Parameter] = (),
+        backend: str | None = None,
+    ) -> None:
+        for name, value, top in (
+            ("lr", lr, math.inf),
+            ("betas[0]", betas[0], 1),
+            ("betas[1]", betas[1], 1),
+            ("eps", eps, math.inf),
+            ("weight_decay", weight_decay, math.inf),
+        ):
+            if not 0 <= value < top:
+                raise ValueError(f"{name}: expected a number in [0, {top}), got {value}")
+        if clip is not None and not 0 < clip < math.inf:
+            raise ValueError(f"clip: expected a finite number above 0, got {clip}")
+        if lazy and weight_decay:
+            raise ValueError(
+                "weight_decay: expected 0 with lazy, which cannot decay untouched rows"
+            )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+        self.lazy, self.clip, self.backend = lazy, clip, backend
+        self.unit_rows = {id(p) for p in unit_rows}
+        owned = [p for group in self.param_groups for p in group["params"]]
+        if not self.unit_rows <= {id(p) for p in owned}:
+            raise ValueError(
+                "unit_rows: expected parameters that the optimiser was given, got others"
+            )
+        for p in owned:
+            if p.ndim == 2:
+                ops.collect_row_gradients(p, weakref.ref(self))
+        self.row_gradients: dict[int, list[ops.RowGradient]] = {}
+
+    def receive(self, p: Tensor, gradient: ops.RowGradient) -> None:
+        """Takes a share of p's gradient; called by the ops during backward."""
+        self.row_gradients.setdefault(id(p), []).append(gradient)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients, pairs included."""
+        self.row_gradients.clear()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """The global norm of the gradient, projected where rows have norm 1."""
+        squares = (
+            ops.gradient_square_norm(*self._gradients(p), backend=self.backend)
+            for group in self.param_groups
+            for p in group["params"]
+            if self._has_gradient(p)
+        )
+        return math.sqrt(sum(squares))
+
+    def _has_gradient(self, p: Tensor) -> bool:
+        return p.grad is not None or id(p) in self.row_gradients
+
+    def _gradients(self, p: Tensor) -> tuple[Tensor, Tensor | None, list[ops.RowGradient], bool]:
+        return p, p.grad, self.row_gradients.get(id(p), []), id(p) in self.unit_rows
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        scale = 1.0
+        if self.clip is not None:
+            scale = min(1.0, self.clip / (self.gradient_norm() + 1e-6))
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self._has_gradient(p):
+                    self._update(p, group, scale)
+        return result
+
+    def _update(self, p: Tensor, group: dict[str, Any], scale: float) -> None:
+        beta1, beta2 = group["betas"]
+        state = self.state[p]
+        if not state:
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            state["step"] = 0
+            if beta1:
+                state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
+            rows = len(p) if p.ndim == 2 else 1
+            state["last"] = torch.zeros(rows, dtype=torch.int32, device=p.device)
+        state["step"] += 1
+        ops.adam_(
+            *self._gradients(p),
+            m=state.get("exp_avg"),
+            v=state["exp_avg_sq"],
+            last=state["last"],
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            scale=scale,
+            step=state["step"],
+            lazy=self.lazy and p.ndim == 2,
+            backend=self.backend,
+        )
