@@ -8,12 +8,15 @@ INSTALL = $(BIN)/python -m pip install -c constraints.txt
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 SOURCES := pyproject.toml setup.py constraints.txt $(CSRC)
 
+PEERS := saelens dictionary_learning sparsify
+
 .NOTPARALLEL:
-.PHONY: help demo test lint lint-python lint-types lint-cpp format clean
+.PHONY: help demo test peers lint lint-python lint-types lint-cpp format clean
 
 help:
 	@echo "make demo    train a sparse autoencoder on the sample data and print its figures"
 	@echo "make test    run the tests"
+	@echo "make peers   install the libraries that bench/step.py compares with"
 	@echo "make lint    check formatting, style and types"
 	@echo "make format  apply the formatting"
 	@echo "make clean   remove the environment, the builds and the caches; keep runs/"
@@ -42,7 +45,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(CSRC)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastsae/*.so
+	rm -rf $(VENV) .peers build dist *.egg-info fastsae/*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
@@ -60,3 +63,27 @@ $(VENV)/installed-test: $(SOURCES) | $(BIN)/python
 $(VENV)/installed-dev: $(SOURCES) | $(BIN)/python
 	$(INSTALL) -e '.[dev]'
 	touch $(VENV)/installed $(VENV)/installed-test $@
+
+# An environment for each peer, because their pins disagree. One that fails does not stop the others.
+peers:
+	@for peer in $(PEERS); do \
+		$(MAKE) --no-print-directory .peers/$$peer/installed || failed="$$failed $$peer"; \
+	done; \
+	for peer in $$failed; do \
+		log=.peers/$$peer/log; error=$$( (grep -i error $$log || cat $$log) | tail -n 1); \
+		echo "peers: $$peer is not installed: $$error" >&2; \
+	done; \
+	test -z "$$failed"
+
+# The torchvision that an index offers is built for CUDA, and with it transformers fails on a CPU.
+# An environment counts as installed once a tiny measurement has run in it.
+.peers/%/installed: bench/peers/%.txt constraints.txt
+	@echo "peers: installing $*, output in .peers/$*/log"
+	@rm -rf .peers/$*
+	@mkdir -p .peers/$*
+	@{ $(PYTHON) -m venv .peers/$* && \
+		.peers/$*/bin/python -m pip install -r $< -c constraints.txt && \
+		.peers/$*/bin/python -m pip uninstall -y torchvision && \
+		.peers/$*/bin/python bench/peers.py $* --shape 64,32,512,8 --steps 1; \
+	} > .peers/$*/log 2>&1
+	@touch $@

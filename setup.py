@@ -19,7 +19,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-OPS = ("encode", "decode", "index", "rows", "adam")  # csrc/<op>.cpp, compiled once per instruction set
+OPS = (
+    "encode",
+    "decode",
+    "index",
+    "rows",
+    "adam",
+)  # csrc/<op>.cpp, compiled once per instruction set
 COMMON = ("bindings", "pool")  # csrc/<name>.cpp, compiled once
 
 # Each set contains the one before it. The objects are linked in this order because a linker keeps

@@ -4,10 +4,11 @@
 
 Step: the Trainer's own: centring, encode, loss, backward, unit norm with projected gradient,
 biases, dead tracking, Adam. The dense provider does the same in plain torch. Product:
-`fastsae.train.product_seconds`, before and after the steps, in the same process. Each provider runs
-in a process of its own, so that peak_bytes, the most memory resident during a step over what was
-resident before the model was made, is its own. Before it is timed, a provider's loss and gradients
-are compared with the float64 reference.
+`fastsae.train.product_seconds`, before and after the last step, in the same process. Each provider
+runs in a process of its own, so that peak_bytes, the most memory resident during a step over what
+was resident before the model was made, is its own. Before it is timed, a provider's loss and
+gradients are compared with the float64 reference. The peer libraries (peers.py) follow where
+`make peers` has installed them.
 """
 
 from __future__ import annotations
@@ -18,31 +19,21 @@ import json
 import multiprocessing
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import peers
 import torch
+from measure import Shape, Step, Weights, measure, parse_shape
 
 from fastsae import SAE, SAEConfig, TopK, cpu
 from fastsae.data import Batch, open_source
-from fastsae.train import TrainConfig, Trainer, product_seconds
+from fastsae.train import TrainConfig, Trainer
 
 SHAPES = ((2048, 768, 24576, 32), (1024, 384, 131072, 32))
-Shape = tuple[int, int, int, int]
-Step = Callable[[torch.Tensor], torch.Tensor]
-
-
-def memory(key: str) -> int:
-    """Bytes of VmRSS or VmHWM of this process (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
 
 
 def trainer_step(
@@ -59,8 +50,9 @@ def trainer_step(
     sae = SAE(config, backend=backend)
     if "auxk" in options:
         assert sae.b_enc is not None
-        # Their bias keeps nearly all of them below the k-th value, yet leaves them about D/2 positive
-        # pre-activations a token at the first shape, so that the auxiliary selection is full.
+        # Their bias keeps nearly all of them below the k-th value, yet leaves them about D/2
+        # positive pre-activations a token at the first shape, so that the auxiliary selection is
+        # full.
         sae.b_enc.data[: f // 10] = -1
         sae.tokens_since_fired[: f // 10] = 10**9
     settings = TrainConfig(
@@ -135,46 +127,19 @@ def check(provider: str, optimizer: str, options: list[str]) -> None:
         assert float((p.detach().double() - q.detach()).abs().mean()) < 1e-3 * lr, name
 
 
-def measure(
+def measure_row(
     shape: Shape, provider: str, optimizer: str, options: list[str], steps: int, threads: int
 ) -> dict[str, Any]:
     """One row of the table."""
     torch.set_num_threads(threads)
     check(provider, optimizer, options)
-    n, d, f, k = shape
-    torch.manual_seed(0)
-    batches = [torch.randn(n, d) for _ in range(4)]  # taken in turn, so that no cache is flattered
-    before = memory("VmRSS")
-    step, sae = PROVIDERS[provider](shape, batches[0], optimizer, options)
-    for i in range(2):
-        step(batches[i])
-    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
-    seconds = []
-    for i in range(steps):
-        start = time.perf_counter()
-        step(batches[i % 4])
-        seconds.append(time.perf_counter() - start)
-    peak = memory("VmHWM") - before
-    product = product_seconds(batches[0], sae.W_enc)
-    step(batches[0])
-    product = min(product, product_seconds(batches[0], sae.W_enc))
-    return {
-        "provider": provider,
-        "optimizer": optimizer,
-        "options": options,
-        "n": n,
-        "d": d,
-        "f": f,
-        "k": k,
-        "step_s": statistics.median(seconds),
-        "step_min_s": min(seconds),
-        "step_max_s": max(seconds),
-        "product_s": product,
-        "ratio": statistics.median(seconds) / product,
-        "peak_bytes": peak,
-        "threads": threads,
-        **machine(),
-    }
+
+    def build(shape: Shape, x: torch.Tensor) -> tuple[Step, Weights]:
+        step, sae = PROVIDERS[provider](shape, x, optimizer, options)
+        return step, lambda: sae.W_enc.detach()
+
+    figures = measure(build, shape, steps)
+    return {"provider": provider, "optimizer": optimizer, "options": options} | figures
 
 
 def machine() -> dict[str, Any]:
@@ -205,16 +170,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def parse_shape(text: str) -> Shape:
-    try:
-        n, d, f, k = (int(part) for part in text.split(","))
-        if min(n, d, f, k) < 1 or k > f:
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected N,D,F,K (positive, K at most F), got {text!r}"
-        ) from None
-    return n, d, f, k
+def print_row(row: dict[str, Any], options: str) -> None:
+    """A line of the table."""
+    shape = ",".join(str(row[size]) for size in "ndfk")
+    line = f"{row['provider']:20} {row['optimizer']:11} {options or '-':8} {shape:22} "
+    if "error" in row:
+        line += row["error"]
+    else:
+        line += f"{row['step_s']:8.3f} {row['product_s']:9.3f} {row['ratio']:6.2f} "
+        line += f"{row['peak_bytes'] / 1e6:8.0f}"
+    print(line, file=sys.stderr)
 
 
 def main() -> None:
@@ -230,6 +195,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="default: torch's"
     )
+    parser.add_argument("--no-peers", action="store_true", help="leave the peer libraries out")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for stdout")
     args = parser.parse_args()
     rows = []
@@ -243,21 +209,23 @@ def main() -> None:
         "ratio",
         "peak MB",
     )
-    print("{:12} {:11} {:8} {:22} {:>8} {:>9} {:>6} {:>8}".format(*header), file=sys.stderr)
+    print("{:20} {:11} {:8} {:22} {:>8} {:>9} {:>6} {:>8}".format(*header), file=sys.stderr)
     context = multiprocessing.get_context("spawn")
     for shape in args.shape or SHAPES:
         for provider, optimizer, options in ROWS:
             with context.Pool(1) as child:
                 row = child.apply(
-                    measure, (shape, provider, optimizer, options, args.steps, args.threads)
+                    measure_row, (shape, provider, optimizer, options, args.steps, args.threads)
                 )
-            rows.append(row)
-            print(
-                f"{provider:12} {optimizer:11} {','.join(options) or '-':8} "
-                f"{','.join(map(str, shape)):22} {row['step_s']:8.3f} {row['product_s']:9.3f} "
-                f"{row['ratio']:6.2f} {row['peak_bytes'] / 1e6:8.0f}",
-                file=sys.stderr,
-            )
+            rows.append(row | machine())
+            print_row(row, ",".join(options))
+        for peer in () if args.no_peers else peers.PEERS:
+            if not peers.installed(peer):
+                print(f"{peer:20} not installed: make peers", file=sys.stderr)
+                continue
+            row = peers.run(peer, shape, args.steps, args.threads)
+            rows.append(machine() | row)
+            print_row(row, "defaults")
     if args.json == "-":
         print(json.dumps(rows, indent=1))
     elif args.json:

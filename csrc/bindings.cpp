@@ -112,12 +112,14 @@ View view(const py::handle& t, const std::string& name, const std::string& dtype
     throw py::value_error(name + ": expected shape " + shape_text(shape) + ", got " +
                           shape_text(got));
   const auto stride = t.attr("stride")().cast<std::vector<int64_t>>();
+  if (stride.size() != got.size())
+    throw py::value_error(name + ": expected as many strides as sizes, got " + shape_text(stride));
   View v;
   v.rows = got.size() == 2 ? got[0] : 1;
   v.cols = got.back();
   v.ld = got.size() == 2 ? stride[0] : v.cols;
   v.is_bf16 = dtype == "bfloat16";
-  if (v.cols > 1 && stride.back() != 1)
+  if (v.rows > 0 && v.cols > 1 && stride.back() != 1)
     throw py::value_error(name + ": expected unit stride inside a row, got strides " +
                           shape_text(stride));
   if (access == OUT && v.rows > 1 && v.ld < v.cols)

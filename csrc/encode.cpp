@@ -1,23 +1,22 @@
 // encode: vals, idx = the k largest positive h[n,i] = <x[n], W_enc[i]> + b_enc[i] of each token, in
 // the order (value descending, latent ascending), without an (n, f) matrix in memory.
 //
-// 1. Screen. Tokens lie in panels of P = 2·LANES, one token a vector lane; a tile multiplies a
-// panel with R
-//    latents in registers, over the whole width d. Nothing of the product is ever stored: each
-//    lane's sum t is compared with what its token still accepts, in the register.
-// 2. A screened sum differs from the value we emit (simd.h `dot`) by at most a margin m, from the
-// rounding
-//    of the inputs, of both summations and of underflow (`Token`, `Latent`). A token keeps every
-//    pair whose t + m reaches its threshold: the k-th largest t - m it has seen, below which no
-//    pair can be selected.
-// 3. When a token's buffer is full the threshold rises and pairs fall out; when too many remain
-// within the
-//    margin they are scored exactly, which always leaves k. So the buffer never overflows and the
-//    result is the exact top-k of the emitted values whatever the screen was.
-// 4. At the end the survivors are scored exactly, sorted and written.
+// Screen. Tokens lie in panels of P = 2·LANES, one token a vector lane; a tile multiplies a panel
+// with R latents in registers, over the whole width d. Nothing of the product is ever stored: each
+// lane's sum t is compared with what its token still accepts, in the register.
 //
-// The bf16 screen rounds W_enc's rows while they are copied to L1, so there is no bf16 copy of
-// W_enc to keep.
+// Margin. A screened sum differs from the value we emit (simd.h `dot`) by at most a margin m, from
+// the rounding of the inputs, of both summations and of underflow. A token keeps every pair whose
+// t + m reaches its threshold: the k-th largest t - m it has seen, below which none is selected.
+//
+// Buffer. When a token's buffer is full its threshold rises and pairs fall out; when too many
+// remain within the margin they are scored exactly, which always leaves k. So it never overflows.
+//
+// Selection. At the end the survivors are scored exactly, sorted and written: the exact top-k of the
+// emitted values, whatever the screen was.
+//
+// The bf16 screen rounds W_enc's rows while it copies them to L1, so there is no bf16 copy of W_enc
+// to keep fresh.
 #include <cmath>
 
 #include "kernels.h"
@@ -51,16 +50,16 @@ double gamma(double roundings) { return roundings * U / (1 - roundings * U); }
 // ---- the two screens: how a panel and a latent are packed, and their product ----
 
 struct Fp32Screen {
+  static constexpr bool COARSE = false;
   using X = float;  // panel: [d][P]
   using W = float;
   static int64_t x_steps(int64_t d) { return d; }
   static double roundings(int64_t d) { return d + 2.0; }
 
-  static void pack_x(const float* x, int64_t d, X* panel, double*) {
-    for (int64_t i = 0; i < d; ++i) panel[i * P] = x[i];
-  }
+  static X step_of(const W* row, int64_t i) { return row[i]; }
+
   template <class T>
-  static void pack_w(const T* w, int64_t d, W* out, float* square, float*) {
+  static void pack(const T* w, int64_t d, W* out, float* square, float*) {
     vec sum = {};
     int64_t i = 0;
     for (; i + LANES <= d; i += LANES) {
@@ -87,22 +86,20 @@ struct Fp32Screen {
 
 #if defined(__AVX512BF16__)
 struct Bf16Screen {
+  static constexpr bool COARSE = true;
   using X = uint32_t;  // panel: [ceil(d/2)][P], two neighbouring values of a token in each word
   using W = bf16;
   static int64_t x_steps(int64_t d) { return (d + 1) / 2; }
   static double roundings(int64_t d) { return 2.0 * d + 4; }
 
-  static void pack_x(const float* x, int64_t d, X* panel, double* residual) {
-    for (int64_t i = 0; i < d; i += 2) {
-      const bf16 lo = to_bf16(x[i]), hi = i + 1 < d ? to_bf16(x[i + 1]) : 0;
-      const double r0 = double(x[i]) - to_float(lo);
-      const double r1 = i + 1 < d ? double(x[i + 1]) - to_float(hi) : 0;
-      *residual += r0 * r0 + r1 * r1;
-      panel[i / 2 * P] = lo | static_cast<uint32_t>(hi) << 16;
-    }
+  static X step_of(const W* row, int64_t i) {
+    X pair;
+    std::memcpy(&pair, row + 2 * i, sizeof pair);
+    return pair;
   }
+
   template <class T>
-  static void pack_w(const T* w, int64_t d, W* out, float* square, float* residual) {
+  static void pack(const T* w, int64_t d, W* out, float* square, float* residual) {
     vec sum = {}, rest = {};
     int64_t i = 0;
     for (; i + LANES <= d; i += LANES) {
@@ -143,6 +140,31 @@ struct Bf16Screen {
 };
 #endif
 
+// A row of x or of W_enc as the screen sees it: its norm, and the norm of what rounding it lost,
+// both rounded up; not finite if the row is not.
+struct Norms {
+  double norm, residual;
+};
+
+template <class Screen, class T>
+Norms pack_row(const T* row, int64_t d, typename Screen::W* out) {
+  float square = 0, lost = 0;
+  Screen::pack(row, d, out, &square, &lost);
+  double norm2 = square, lost2 = lost;
+  if (!(norm2 < 1e37 && lost2 < 1e37)) {  // fp32 squares overflowed, or a value is not finite
+    norm2 = lost2 = 0;
+    for (int64_t i = 0; i < d; ++i) {
+      const double v = to_float(row[i]);
+      norm2 += v * v;
+      // bf16 keeps 8 bits of a value, unless it rounds it to infinity.
+      lost2 += std::fabs(v) > 0x1.fep127 ? INFINITY : v * v * 0x1p-16;
+    }
+  }
+  // Squares below fp32's normal range may be flushed above: 2^-63 a value covers them.
+  const double unseen = std::sqrt(double(d)) * 0x1p-63, grow = 1 + d * 2 * U;
+  return {std::sqrt(norm2) * grow + unseen, std::sqrt(lost2) * grow + unseen};
+}
+
 // |t - value| <= by_norm[n]·norm[i] + by_residual[n]·residual[i] + constant[i], where residual is
 // the norm of what the screen's rounding of W_enc[i] lost, and by_norm covers what it lost of x[n].
 struct Latent {
@@ -172,7 +194,10 @@ class Encoder {
   NonFinite run() {
     for (int64_t i = 0; i < a.n * a.k; ++i) a.vals[i] = 0, a.idx[i] = -1;
     if (a.n == 0 || a.f == 0 || a.k == 0) return {};
-    parallel_for(n_panels, a.threads, [&](int64_t panel, int) { pack_panel(panel); });
+    Buffer<W> group(a.threads * R * ldw);
+    parallel_for(n_panels, a.threads, [&](int64_t panel, int worker) {
+      pack_panel(panel, group.data + worker * R * ldw);
+    });
     if (found.token >= 0) return found;
     for (int64_t n = 0; n < a.n; ++n)
       if (by_residual.data[n] > largest_norm) largest_norm = by_residual.data[n];
@@ -203,16 +228,22 @@ class Encoder {
     Buffer<float> candidates(slots * tokens * words);
     Buffer<int64_t> counts(slots * tokens);
     Buffer<float> thresholds(slots * tokens);
-    Buffer<W> group(a.threads * R * ldw);
     Buffer<uint64_t> keys(a.threads * 2 * capacity * n_parts);
+
+    Buffer<uint8_t> too_coarse(n_blocks);
+    for (int64_t block = 0; block < n_blocks; ++block) too_coarse.data[block] = 0;
 
     parallel_for(n_blocks * n_parts, a.threads, [&](int64_t task, int worker) {
       const int64_t slot = n_parts > 1 ? task : worker;
-      Block b{task / n_parts * panels_in_block, candidates.data + slot * tokens * words,
-              counts.data + slot * tokens, thresholds.data + slot * tokens,
-              keys.data + worker * 2 * capacity * n_parts};
-      screen_block(b, part(n_groups, n_parts, task % n_parts), group.data + worker * R * ldw);
-      if (n_parts == 1)
+      Block b{task / n_parts * panels_in_block,
+              candidates.data + slot * tokens * words,
+              counts.data + slot * tokens,
+              thresholds.data + slot * tokens,
+              keys.data + worker * 2 * capacity * n_parts,
+              0};
+      if (!screen_block(b, part(n_groups, n_parts, task % n_parts), group.data + worker * R * ldw))
+        __atomic_store_n(too_coarse.data + task / n_parts, 1, __ATOMIC_RELAXED);
+      else if (n_parts == 1)
         for (int64_t t = 0; t < tokens && b.first_panel * P + t < a.n; ++t)
           emit(b.first_panel * P + t, b.of(t, capacity), b.counts[t], b.keys);
     });
@@ -220,6 +251,7 @@ class Encoder {
       // Each token's candidates lie in n_parts buffers: bring them together, then finish as above.
       Buffer<float> merged(a.threads * words * n_parts);
       parallel_for(a.n, a.threads, [&](int64_t n, int worker) {
+        if (too_coarse.data[n / tokens]) return;
         Candidates all(merged.data + worker * words * n_parts, capacity * n_parts);
         int64_t count = 0;
         for (int64_t p = 0; p < n_parts; ++p) {
@@ -234,6 +266,9 @@ class Encoder {
         emit(n, all, count, keys.data + worker * 2 * capacity * n_parts);
       });
     }
+    for (int64_t block = 0; block < n_blocks && !failed(); ++block)
+      if (too_coarse.data[block])
+        encode_in_fp32(block * tokens, smaller(a.n, (block + 1) * tokens));
     return found;
   }
 
@@ -244,6 +279,7 @@ class Encoder {
     int64_t* counts;
     float* thresholds;
     uint64_t* keys;  // room to sort twice a token's candidates
+    int64_t scored;  // exactly, while screening
     Candidates of(int64_t t, int64_t capacity) const {
       return {candidates + t * capacity * Candidates::WORDS, capacity};
     }
@@ -274,7 +310,7 @@ class Encoder {
     }
   }
 
-  void pack_panel(int64_t panel) {
+  void pack_panel(int64_t panel, W* packed) {
     X* out = x.data + panel * steps * P;
     for (int lane = 0; lane < P; ++lane) {
       const int64_t n = panel * P + lane;
@@ -283,13 +319,10 @@ class Encoder {
         by_norm.data[n] = by_residual.data[n] = 0;
         continue;
       }
-      const float* row = a.x + n * a.ldx;
-      double square = 0, lost = 0;
-      for (int64_t i = 0; i < a.d; ++i) square += double(row[i]) * row[i];
-      if (!std::isfinite(square)) fail(n, -1);
-      Screen::pack_x(row, a.d, out + lane, &lost);
-      const double residual = std::sqrt(lost) + std::sqrt(double(a.d)) * TINY;
-      const double norm = std::sqrt(square) + residual;
+      const Norms row = pack_row<Screen>(a.x + n * a.ldx, a.d, packed);
+      if (!std::isfinite(row.norm)) fail(n, -1);
+      for (int64_t i = 0; i < steps; ++i) out[i * P + lane] = Screen::step_of(packed, i);
+      const double residual = row.residual, norm = row.norm + residual;
       by_norm.data[n] = static_cast<float>(residual + slope * norm) * ROUND_UP;
       by_residual.data[n] = static_cast<float>(norm * (1 + slope)) * ROUND_UP;
     }
@@ -298,31 +331,23 @@ class Encoder {
   // Copies latent i into the group's L1 buffer and measures it.
   Latent pack_latent(int64_t i, W* out) {
     const int64_t id = latent_id(i);
-    const T* row = weights + id * a.w.ld;
     const float b = bias(id);
-    float square = 0, lost = 0;
-    Screen::pack_w(row, a.d, out, &square, &lost);
-    double norm2 = square, lost2 = lost;
-    if (!(norm2 < 1e37 && lost2 < 1e37)) {  // fp32 squares overflowed, or a weight is not finite
-      norm2 = 0;
-      for (int64_t j = 0; j < a.d; ++j) norm2 += double(to_float(row[j])) * to_float(row[j]);
-      lost2 = norm2 * 0x1p-16;
-    }
-    if (!std::isfinite(norm2) || !std::isfinite(b)) fail(-1, id);
-    // Squares below fp32's normal range may be flushed above: 2^-63 a weight covers them.
-    const double unseen = std::sqrt(double(a.d)) * 0x1p-63;
-    const double grow = 1 + a.d * 2 * U;
+    const Norms row = pack_row<Screen>(weights + id * a.w.ld, a.d, out);
+    if (!std::isfinite(row.norm) || !std::isfinite(b)) fail(-1, id);
     const double constant = 4 * U * std::fabs(double(b)) + 4.0 * a.d * TINY;
-    const double norm = std::sqrt(norm2) * grow + unseen,
-                 residual = std::sqrt(lost2) * grow + unseen;
     // Where a sum could pass fp32's range no bound holds: every pair is kept and scored exactly.
-    if (!(largest_norm * norm + std::fabs(double(b)) < 1e38 && norm < 1e38))
+    if (!(largest_norm * row.norm + std::fabs(double(b)) < 1e38 && row.norm < 1e38))
       return {INFINITY, INFINITY, INFINITY, b};
-    return {upwards(norm), upwards(residual), upwards(constant), b};
+    return {upwards(row.norm), upwards(row.residual), upwards(constant), b};
   }
   static float upwards(double v) { return static_cast<float>(v) * ROUND_UP; }
 
-  void screen_block(const Block& b, Range groups, W* group) {
+  // Large rounding residuals (a few huge coordinates) leave too many pairs within a coarse screen's
+  // margin. Once one in 32 pairs had to be scored exactly, the finer screen is the faster one.
+  bool screen_block(Block& b, Range groups, W* group) {
+    const int64_t tokens = smaller(panels_in_block * P, a.n - b.first_panel * P);
+    const int64_t budget =
+        Screen::COARSE ? tokens * (groups.end - groups.begin) * R / 32 : INT64_MAX;
     const int64_t end_panel =
         b.first_panel + panels_in_block < n_panels ? b.first_panel + panels_in_block : n_panels;
     for (int64_t t = 0; t < panels_in_block * P; ++t) {
@@ -332,6 +357,7 @@ class Encoder {
     }
     Latent latents[R];
     for (int64_t g = groups.begin; g < groups.end && !failed(); ++g) {
+      if (b.scored > budget) return false;
       const int rows = a.f - g * R < R ? static_cast<int>(a.f - g * R) : R;
       for (int r = 0; r < R; ++r) {
         if (r < rows)
@@ -365,9 +391,10 @@ class Encoder {
         }
       }
     }
+    return true;
   }
 
-  void push(const Block& b, int64_t t, float sum, float margin, int32_t id) {
+  void push(Block& b, int64_t t, float sum, float margin, int32_t id) {
     const Candidates c = b.of(t, capacity);
     int64_t& count = b.counts[t];
     const float lower = sum - margin, upper = sum + margin;
@@ -382,12 +409,23 @@ class Encoder {
     count = drop_below(c, count, threshold);
     if (count <= a.k + (capacity - a.k) / 2) return;
     const uint64_t* best = b.keys + count;
+    b.scored += count;
     count = select_exact(b.first_panel * P + t, c, count, b.keys);
     for (int64_t i = 0; i < count; ++i) {
       c.lower[i] = c.upper[i] = key_value(best[i]);
       c.id[i] = key_id(best[i]);
     }
     if (count == a.k && c.lower[count - 1] > threshold) threshold = c.lower[count - 1];
+  }
+
+  void encode_in_fp32(int64_t begin, int64_t end) {
+    EncodeArgs rest = a;
+    rest.x += begin * a.ldx;
+    rest.vals += begin * a.k;
+    rest.idx += begin * a.k;
+    rest.n = end - begin;
+    const NonFinite bad = Encoder<Fp32Screen, T>(rest).run();
+    if (bad.token >= 0 || bad.latent >= 0) fail(bad.token < 0 ? -1 : begin + bad.token, bad.latent);
   }
 
   // Scores the candidates; best = keys + count gets the keys of the k best, in order. Returns how

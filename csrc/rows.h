@@ -19,11 +19,14 @@ void for_each_row(int64_t n, int threads, F&& f) {
   });
 }
 
-// ||r||²; in double where fp32 squares could overflow or vanish.
+// Whether fp32 arithmetic on a row of this ||r||² neither overflows nor vanishes.
+FASTSAE_INLINE bool is_plain(double square) { return square > 1e-30 && square < 1e30; }
+
+// ||r||²; in double where it is not plain.
 template <class T>
 double square_norm(const T* r, int64_t d) {
   double square = dot(r, r, d);
-  if (square > 1e-30 && square < 1e30) return square;
+  if (is_plain(square)) return square;
   square = 0;
   for (int64_t i = 0; i < d; ++i) square += double(to_float(r[i])) * to_float(r[i]);
   return square;
@@ -43,9 +46,17 @@ template <class G, class T>
 void project_row(G* g, const T* r, int64_t d) {
   const double square = square_norm(r, d);
   if (!(square > 0)) return;
-  const float c = static_cast<float>(dot(g, r, d) / square);
-  if (c == 0) return;
-  for (int64_t j = 0; j < d; ++j) assign(g[j], to_float(g[j]) - c * to_float(r[j]));
+  if (is_plain(square)) {
+    const float c = static_cast<float>(dot(g, r, d) / square);
+    if (c == 0) return;
+    for (int64_t j = 0; j < d; ++j) assign(g[j], to_float(g[j]) - c * to_float(r[j]));
+    return;
+  }
+  double along = 0;
+  for (int64_t j = 0; j < d; ++j) along += double(to_float(g[j])) * to_float(r[j]);
+  const double c = along / square;
+  for (int64_t j = 0; j < d; ++j)
+    assign(g[j], static_cast<float>(to_float(g[j]) - c * to_float(r[j])));
 }
 
 // r /= ||r||; zeros stay.

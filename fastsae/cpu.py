@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 try:
     from fastsae import _C
@@ -41,6 +42,11 @@ def screen() -> str:
     return "bf16" if isas()[0] == "avx512bf16" else "fp32"
 
 
+def _rows(t: Tensor) -> Tensor:
+    """t with unit stride inside a row, as the kernels need it."""
+    return t if t.ndim != 2 or t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous()
+
+
 def _float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach().float().contiguous()
 
@@ -58,9 +64,7 @@ def encode(
 
     forced: any of screen, block_tokens and isa, which never change a bit of the result.
     """
-    x = x.detach().float()
-    if x.ndim == 2 and x.shape[1] > 1 and x.stride(1) != 1:
-        x = x.contiguous()
+    x = _rows(x.detach().float())
     vals = torch.empty(x.shape[0], k, dtype=torch.float32)
     idx = torch.empty(x.shape[0], k, dtype=torch.int32)
     how = {"screen": screen(), "threads": torch.get_num_threads(), **(forced or {})}
@@ -74,10 +78,11 @@ def decode_fwd(
     W_dec: Tensor,
     b_dec: Tensor | None = None,
     row_ptr: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """:func:`fastsae.reference.decode_fwd`."""
     n_tokens = len(idx) if row_ptr is None else len(row_ptr) - 1
-    out = torch.empty(n_tokens, W_dec.shape[1], dtype=W_dec.dtype)
+    out = torch.empty(n_tokens, W_dec.shape[1], dtype=dtype or W_dec.dtype)
     threads = torch.get_num_threads()
     _C.decode_fwd(vals, idx, row_ptr, W_dec, _float(b_dec), out, threads=threads)
     return out
@@ -85,10 +90,8 @@ def decode_fwd(
 
 def decode_bwd_vals(g: Tensor, idx: Tensor, W_dec: Tensor, row_ptr: Tensor | None = None) -> Tensor:
     """:func:`fastsae.reference.decode_bwd_vals`."""
-    if g.ndim == 2 and g.shape[1] > 1 and g.stride(1) != 1:
-        g = g.contiguous()
     dvals = torch.empty(idx.shape, dtype=torch.float32)
-    _C.decode_bwd_vals(g, idx, row_ptr, W_dec, dvals, threads=torch.get_num_threads())
+    _C.decode_bwd_vals(_rows(g), idx, row_ptr, W_dec, dvals, threads=torch.get_num_threads())
     return dvals
 
 
@@ -102,8 +105,6 @@ def decode_error(
     reconstruct: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`fastsae.reference.decode_error`."""
-    if target.shape[1] > 1 and target.stride(1) != 1:
-        target = target.contiguous()
     error = torch.empty(target.shape, dtype=torch.float32)
     reconstruction = torch.empty(len(error) if reconstruct else 0, error.shape[1])
     dvals = torch.empty(idx.shape, dtype=torch.float32)
@@ -113,7 +114,7 @@ def decode_error(
         row_ptr,
         W_dec,
         _float(b_dec),
-        target.detach(),
+        _rows(target.detach()),
         error,
         reconstruction if reconstruct else None,
         dvals,
@@ -149,27 +150,28 @@ def row_gradients(
     rows = torch.empty(n_latents if need_rows else 0, src.shape[1], dtype=dtype or torch.float32)
     sums = torch.empty(n_latents, dtype=torch.float32)
     wanted = rows if need_rows else None
-    _C.row_gradients(*index, coef.view(-1), src, wanted, sums, threads=torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _C.row_gradients(*index, coef.view(-1), _rows(src), wanted, sums, threads=threads)
     return rows, sums
 
 
 def column_sum(m: Tensor, coef: Tensor | None = None) -> Tensor:
     """:func:`fastsae.reference.column_sum`."""
-    if m.shape[1] > 1 and m.stride(1) != 1:
-        m = m.contiguous()
     out = torch.empty(m.shape[1], dtype=torch.float32)
-    _C.column_sum(m.detach(), _float(coef), out, threads=torch.get_num_threads())
+    _C.column_sum(_rows(m.detach()), _float(coef), out, threads=torch.get_num_threads())
     return out
 
 
 def project_rows_(grad: Tensor, W_dec: Tensor) -> None:
     """:func:`fastsae.reference.project_rows_`."""
     _C.project_rows(grad, W_dec.detach(), threads=torch.get_num_threads())
+    increment_version(grad)
 
 
 def normalize_rows_(W_dec: Tensor) -> None:
     """:func:`fastsae.reference.normalize_rows_`."""
     _C.normalize_rows(W_dec.detach(), threads=torch.get_num_threads())
+    increment_version(W_dec)
 
 
 def _adam_inputs(
@@ -177,7 +179,7 @@ def _adam_inputs(
 ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, ...]]]:
     matrix = p.detach().view(-1, p.shape[-1])
     segments: list[tuple[Tensor, ...]] = [
-        (*inverse_index(g.idx, len(matrix), g.row_ptr), g.coef.contiguous().view(-1), g.src)
+        (*inverse_index(g.idx, len(matrix), g.row_ptr), g.coef.contiguous().view(-1), _rows(g.src))
         for g in gradients
     ]
     return matrix, None if dense is None else dense.contiguous().view(matrix.shape), segments
@@ -229,3 +231,4 @@ def adam_(
         normalize=project,
         threads=torch.get_num_threads(),
     )
+    increment_version([t for t in (p, m, v, last) if t is not None])

@@ -81,16 +81,19 @@ def _decode(
     W_dec: Tensor,
     b_dec: Tensor | None,
     row_ptr: Tensor | None,
+    dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    rows = {} if row_ptr is None else {"row_ptr": row_ptr}
-    return _kernel(backend, "decode", "decode_fwd")(vals, idx, W_dec, b_dec, **rows)
+    options: dict[str, Any] = {} if row_ptr is None else {"row_ptr": row_ptr}
+    if dtype != W_dec.dtype:
+        options["dtype"] = dtype
+    return _kernel(backend, "decode", "decode_fwd")(vals, idx, W_dec, b_dec, **options)
 
 
 @_decode.register_fake
-def _(vals, idx, W_dec, b_dec, row_ptr, backend):
+def _(vals, idx, W_dec, b_dec, row_ptr, dtype, backend):
     n_tokens = idx.shape[0] if row_ptr is None else row_ptr.shape[0] - 1
-    return W_dec.new_empty(n_tokens, W_dec.shape[1])
+    return W_dec.new_empty(n_tokens, W_dec.shape[1], dtype=dtype)
 
 
 @torch.library.custom_op("fastsae::decode_bwd_vals", mutates_args=())
@@ -159,7 +162,7 @@ def _(m, coef, backend):
     return m.new_empty(m.shape[1], dtype=_wide(m.dtype))
 
 
-# ---- row gradients that an optimiser takes as they are ----
+# ---- row gradients in other forms than a dense matrix ----
 
 
 class RowGradient(NamedTuple):
@@ -180,23 +183,38 @@ class RowGradientReceiver(Protocol):
     def receive(self, p: Tensor, gradient: RowGradient) -> None: ...
 
 
-_RECEIVER = "_fastsae_receiver"
+_RECEIVER, _SPARSE = "_fastsae_receiver", "_fastsae_sparse"
 
 
 def collect_row_gradients(p: Tensor, receiver: Callable[[], RowGradientReceiver | None]) -> None:
     """From now on backward hands p's row gradients to receiver() and leaves p.grad alone.
 
-    `receiver` is a weak reference: once it gives None, p has dense gradients again.
+    `receiver` is a weak reference: once it gives None, p has gradients of its own again.
     """
     setattr(p, _RECEIVER, receiver)
 
 
-def _handed_over(p: Tensor, coef: Tensor, idx: Tensor, src: Tensor, row_ptr: Tensor | None) -> bool:
-    """Hands p's row gradient to its receiver, if it has one."""
-    receiver = getattr(p, _RECEIVER, lambda: None)()
+def set_sparse_gradient(p: Tensor, sparse: bool = True) -> None:
+    """From now on p.grad is a torch.sparse_coo tensor of the touched rows, as nn.Embedding's is."""
+    setattr(p, _SPARSE, sparse)
+
+
+def _undense_gradient(
+    W: Tensor, coef: Tensor, idx: Tensor, src: Tensor, row_ptr: Tensor | None, backend: str
+) -> tuple[bool, Tensor | None]:
+    """Whether W's gradient is wanted in another form than dense, and what to return for it then."""
+    receiver = getattr(W, _RECEIVER, lambda: None)()
     if receiver is not None:
-        receiver.receive(p, RowGradient(coef, idx, src, row_ptr))
-    return receiver is not None
+        receiver.receive(W, RowGradient(coef, idx, src, row_ptr))
+        return True, None
+    if not getattr(W, _SPARSE, False):
+        return False, None
+    ids = idx[idx >= 0].unique()
+    place = torch.searchsorted(ids, idx).to(torch.int32).where(idx >= 0, -1)
+    rows, _ = _row_gradients(coef, place, src, len(ids), row_ptr, W.dtype, True, backend)
+    return True, torch.sparse_coo_tensor(
+        ids[None].long(), rows, W.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 # ---- autograd ----
@@ -225,16 +243,19 @@ class EncodeFunction(Function):
             return (None,) * 7
         dvals = dvals.contiguous()
         if need_x:
-            wide = _decode(dvals, idx, W_enc, None, None, ctx.backend)
-            dx = wide.to(ctx.dtypes[0])
-        need_W = need_W and not _handed_over(W_enc, dvals, idx, xc, None)
-        if need_W or need_b or need_pre:
-            dW, sums = _row_gradients(
-                dvals, idx, xc, len(W_enc), None, W_enc.dtype, need_W, ctx.backend
+            dx = _decode(dvals, idx, W_enc, None, None, ctx.dtypes[0], ctx.backend)
+        dense_W = need_W
+        if need_W:
+            done, dW = _undense_gradient(W_enc, dvals, idx, xc, None, ctx.backend)
+            dense_W = not done
+        if dense_W or need_b or need_pre:
+            rows, sums = _row_gradients(
+                dvals, idx, xc, len(W_enc), None, W_enc.dtype, dense_W, ctx.backend
             )
+            dW = rows if dense_W else dW
             db = sums.to(ctx.dtypes[1]) if need_b else None
             dpre = -_column_sum(W_enc, sums, ctx.backend).to(ctx.dtypes[2]) if need_pre else None
-        return dx, dW if need_W else None, db, dpre, None, None, None
+        return dx, dW, db, dpre, None, None, None
 
 
 class DecodeFunction(Function):
@@ -243,7 +264,7 @@ class DecodeFunction(Function):
         ctx.save_for_backward(vals, idx, W_dec, row_ptr)
         ctx.dtypes = vals.dtype, None if b_dec is None else b_dec.dtype
         ctx.backend = backend
-        return _decode(vals, idx, W_dec, b_dec, row_ptr, backend)
+        return _decode(vals, idx, W_dec, b_dec, row_ptr, W_dec.dtype, backend)
 
     @staticmethod
     @once_differentiable
@@ -265,10 +286,10 @@ def _decode_gradients(ctx, vals, idx, W_dec, row_ptr, g, dvals=None, scale=None)
         dvals = (dvals if scale is None else dvals * scale).to(ctx.dtypes[0])
     if need_W:
         coef = vals if scale is None else vals * scale
-        if not _handed_over(W_dec, coef, idx, g, row_ptr):
-            dW = _row_gradients(coef, idx, g, len(W_dec), row_ptr, W_dec.dtype, True, ctx.backend)[
-                0
-            ]
+        done, dW = _undense_gradient(W_dec, coef, idx, g, row_ptr, ctx.backend)
+        if not done:
+            dtype = W_dec.dtype
+            dW = _row_gradients(coef, idx, g, len(W_dec), row_ptr, dtype, True, ctx.backend)[0]
     if need_b:
         db = _column_sum(g, None, ctx.backend)
         db = (db if scale is None else db * scale).to(ctx.dtypes[1])

@@ -37,6 +37,11 @@ def _check_finite(t: Tensor | None, name: str) -> None:
         raise ValueError(f"{name}: expected finite values, got a non-finite one in row {bad}")
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    with torch.autocast(a.device.type, enabled=False):  # it would round the product to 16 bits
+        return a @ b
+
+
 def encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, latents: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -54,7 +59,7 @@ def encode(
     _check_finite(x, "x")
     _check_finite(W, "W_enc")
     _check_finite(b, "b_enc")
-    h = x @ W.T if b is None else x @ W.T + b
+    h = _matmul(x, W.T) if b is None else _matmul(x, W.T) + b
     _check_finite(h, "pre-activations")
     kept = min(k, len(ids))
     order = h.detach().sort(dim=1, descending=True, stable=True).indices[:, :kept]
@@ -84,8 +89,9 @@ def decode_fwd(
     W_dec: Tensor,
     b_dec: Tensor | None = None,
     row_ptr: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x̂ (N, D), in W_dec's dtype: b_dec + Σ vals·W_dec[idx], the terms in storage order."""
+    """x̂ (N, D) = b_dec + Σ vals·W_dec[idx], the terms in storage order; in `dtype`, or W_dec's."""
     vals, idx = padded(vals, row_ptr, 0), padded(idx, row_ptr, -1).long()
     out = vals.new_zeros(len(idx), W_dec.shape[1])
     if b_dec is not None:
@@ -94,7 +100,7 @@ def decode_fwd(
         there = idx[:, j : j + 1] >= 0
         term = vals[:, j : j + 1] * W_dec[idx[:, j].clamp(min=0)].to(out.dtype)
         out = out + term.where(there, 0)
-    return out.to(W_dec.dtype)
+    return out.to(dtype or W_dec.dtype)
 
 
 def decode_bwd_vals(g: Tensor, idx: Tensor, W_dec: Tensor, row_ptr: Tensor | None = None) -> Tensor:
@@ -181,7 +187,7 @@ def row_gradients(
 def column_sum(m: Tensor, coef: Tensor | None = None) -> Tensor:
     """Σ_r coef[r]·m[r] (D), coef = 1 where it is None. m (R, D)."""
     wide = m.to(torch.promote_types(m.dtype, torch.float32))
-    return wide.sum(0) if coef is None else coef.to(wide.dtype) @ wide
+    return wide.sum(0) if coef is None else _matmul(coef.to(wide.dtype), wide)
 
 
 def project_rows_(grad: Tensor, W_dec: Tensor) -> None:

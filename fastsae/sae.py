@@ -167,6 +167,7 @@ class SAE(nn.Module):
 
         def unit_rows(width: int) -> nn.Parameter:
             rows = torch.randn(d_sae, width, generator=generator)
+            rows = rows.to(torch.promote_types(dtype, torch.float32))
             ops.normalize_rows_(rows)
             return nn.Parameter(rows.to(dtype).to(device))
 
@@ -197,12 +198,16 @@ class SAE(nn.Module):
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Input tokens as the encoder and the skip connection see them; float32 or float64."""
-        return _wide(self._tokens(x, self.config.d_in, "x")) * self.input_scale
+        return self._wide(self._tokens(x, self.config.d_in, "x")) * self.input_scale
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.to(
+            torch.promote_types(torch.promote_types(x.dtype, self.W_dec.dtype), torch.float32)
+        )
 
     def _skipped(self, tokens: Tensor) -> Tensor:
         assert self.W_skip is not None
-        dtype = torch.promote_types(tokens.dtype, self.W_skip.dtype)
-        return tokens.to(dtype) @ self.W_skip.T.to(dtype)
+        return tokens @ self.W_skip.T.to(tokens.dtype)
 
     @property
     def _pre_bias(self) -> Tensor | None:
@@ -232,8 +237,8 @@ class SAE(nn.Module):
                 raise ValueError(
                     "x: expected the codes' input (the SAE has a skip connection), got None"
                 )
-            out = _wide(out) + self._skipped(self._scaled(x))
-        return (_wide(out) / self._out_scale).to(self.W_dec.dtype)
+            out = self._wide(out) + self._skipped(self._scaled(x))
+        return (self._wide(out) / self._out_scale).to(self.W_dec.dtype)
 
     @property
     def _out_scale(self) -> Tensor:
@@ -258,7 +263,7 @@ class SAE(nn.Module):
         if c.is_transcoder:
             if target is None:
                 target = x.new_full((*x.shape[:-1], self.b_dec.numel()), torch.nan)
-            y = _wide(self._tokens(target, self.b_dec.numel(), "target")) * self.output_scale
+            y = self._wide(self._tokens(target, self.b_dec.numel(), "target")) * self.output_scale
             if len(y) != len(tokens):
                 raise ValueError(f"target: expected {len(tokens)} tokens, got {len(y)}")
         elif target is not None:
@@ -461,10 +466,6 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in asdict(self.config).items())
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _mean(x: Tensor, backend: str | None = None) -> Tensor:

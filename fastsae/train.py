@@ -23,6 +23,8 @@ from fastsae.data import Batch, Batches, Source, in_order
 from fastsae.optim import Adam
 from fastsae.sae import B_DEC_STARTS, SAE, SAEOutput
 
+OPTIMIZERS = ("adam", "adam-lazy", "torch-adam")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -81,6 +83,9 @@ class TrainConfig:
             raise ValueError(
                 f"decay_fraction: expected a number in [0, 1], got {self.decay_fraction}"
             )
+        if self.optimizer not in OPTIMIZERS:
+            optimizers = ", ".join(OPTIMIZERS)
+            raise ValueError(f"optimizer: expected one of {optimizers}, got {self.optimizer!r}")
         if self.b_dec not in B_DEC_STARTS:
             starts = ", ".join(B_DEC_STARTS)
             raise ValueError(f"b_dec: expected one of {starts}, got {self.b_dec!r}")

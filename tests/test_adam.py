@@ -263,3 +263,37 @@ def test_no_gradient_matrix_is_allocated() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Adam(make().parameters(), **options)
+
+
+def test_row_sparse_gradients_on_request() -> None:
+    """For SparseAdam and others: the same gradient, as torch.sparse_coo of the touched rows."""
+    sparse, dense = make(auxk_coef=0.0), make(auxk_coef=0.0)
+    for p in (sparse.W_enc, sparse.W_dec):
+        ops.set_sparse_gradient(p)
+    x = batches(1)[0]
+    for sae in (sparse, dense):
+        sae.losses(x).loss.backward()
+    touched = dense.encode(x).firing_counts().nonzero()[:, 0]
+    for p, q in zip(sparse.parameters(), dense.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        assert p.grad.is_sparse == (p.ndim == 2)
+        if p.grad.is_sparse:
+            assert torch.equal(p.grad.coalesce().indices()[0], touched)
+        assert torch.equal(p.grad.to_dense(), q.grad)
+    torch.optim.SparseAdam([sparse.W_enc, sparse.W_dec], lr=1e-3).step()
+    ops.set_sparse_gradient(sparse.W_enc, False)
+    sparse.zero_grad()
+    sparse.losses(x).loss.backward()
+    assert sparse.W_enc.grad is not None and not sparse.W_enc.grad.is_sparse
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_from_before_the_step_notices_it(backend: str) -> None:
+    """The update goes past autograd, but not past its version counters."""
+    sae = make(backend=backend)
+    optimizer = fused(sae)
+    loss = sae.losses(batches(1)[0]).loss
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

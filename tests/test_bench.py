@@ -23,7 +23,7 @@ FIELDS = {
 
 def test_step_prints_only_json_on_stdout() -> None:
     command = [sys.executable, "bench/step.py", "--shape", "64,32,512,8", "--json", "-"]
-    command += ["--steps", "3"]
+    command += ["--steps", "3", "--no-peers"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)

@@ -1,0 +1,105 @@
+"""What every provider is measured with, in fastsae's own interpreter and in a peer's.
+
+Needs torch and the standard library alone, because a peer's interpreter has neither fastsae nor the
+rest of what it depends on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Shape = tuple[int, int, int, int]
+"""N tokens a step, D width, F latents, K of them active."""
+Step = Callable[[torch.Tensor], torch.Tensor]
+"""Trains on a batch [N, D] and returns the loss before the update."""
+Weights = Callable[[], torch.Tensor]
+"""The encoder's weights, [F, D]."""
+Build = Callable[[Shape, torch.Tensor], tuple[Step, Weights]]
+"""Makes the model, given the first batch."""
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _from_source(path: str, name: str) -> Callable[..., float]:
+    """One function of a file of fastsae that only needs the names imported above.
+
+    The package itself cannot be imported in a peer's interpreter, and a second copy of the
+    function that defines the unit of every ratio could drift from the first.
+    """
+    file = ROOT / path
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            names: dict[str, Any] = {"math": math, "time": time, "torch": torch}
+            names["Tensor"] = torch.Tensor
+            exec(compile(ast.Module([node], []), file, "exec"), names)
+            return names[name]
+    raise ImportError(f"{path} has no function {name}")
+
+
+product_seconds = _from_source("fastsae/train.py", "product_seconds")
+
+
+def memory(key: str) -> int:
+    """Bytes of VmRSS or VmHWM of this process (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def measure(build: Build, shape: Shape, steps: int) -> dict[str, Any]:
+    """The figures of a row: seconds of a step and of a product, their ratio, peak_bytes."""
+    n, d, f, k = shape
+    torch.manual_seed(0)
+    batches = [torch.randn(n, d) for _ in range(4)]  # taken in turn, so that no cache is flattered
+    before = memory("VmRSS")
+    step, weights = build(shape, batches[0])
+    first = step(batches[0])
+    step(batches[1])
+    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
+    seconds = []
+    for i in range(steps):
+        start = time.perf_counter()
+        step(batches[i % 4])
+        seconds.append(time.perf_counter() - start)
+    peak = memory("VmHWM") - before
+    # The layout of fastsae's weights, so that every provider has the same unit.
+    product = product_seconds(batches[0], weights().contiguous())
+    last = step(batches[0])
+    product = min(product, product_seconds(batches[0], weights().contiguous()))
+    if not torch.isfinite(last) or last == first:
+        raise RuntimeError(f"this step does not train: the loss was {first} and is {last}")
+    return {
+        "n": n,
+        "d": d,
+        "f": f,
+        "k": k,
+        "step_s": statistics.median(seconds),
+        "step_min_s": min(seconds),
+        "step_max_s": max(seconds),
+        "product_s": product,
+        "ratio": statistics.median(seconds) / product,
+        "peak_bytes": peak,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def parse_shape(text: str) -> Shape:
+    try:
+        n, d, f, k = (int(part) for part in text.split(","))
+        if min(n, d, f, k) < 1 or k > f:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected N,D,F,K (positive, K at most F), got {text!r}"
+        ) from None
+    return n, d, f, k
