@@ -7,12 +7,12 @@ rest of what it depends on.
 from __future__ import annotations
 
 import argparse
-import ast
-import math
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,23 +29,16 @@ Build = Callable[[Shape, torch.Tensor], tuple[Step, Weights]]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _from_source(path: str, name: str) -> Callable[..., float]:
-    """One function of a file of fastsae that only needs the names imported above.
-
-    The package itself cannot be imported in a peer's interpreter, and a second copy of the
-    function that defines the unit of every ratio could drift from the first.
-    """
-    file = ROOT / path
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            names: dict[str, Any] = {"math": math, "time": time, "torch": torch}
-            names["Tensor"] = torch.Tensor
-            exec(compile(ast.Module([node], []), file, "exec"), names)
-            return names[name]
-    raise ImportError(f"{path} has no function {name}")
+def _load(path: Path) -> ModuleType:
+    """A file of fastsae by its path: a peer's interpreter does not have the package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-product_seconds = _from_source("fastsae/train.py", "product_seconds")
+product_seconds = _load(ROOT / "fastsae" / "timing.py").product_seconds
 
 
 def memory(key: str) -> int:
@@ -65,6 +58,8 @@ def measure(build: Build, shape: Shape, steps: int) -> dict[str, Any]:
     step, weights = build(shape, batches[0])
     first = step(batches[0])
     step(batches[1])
+    # The layout of fastsae's weights, so that every provider has the same unit.
+    product = product_seconds(batches[0], weights().contiguous())
     Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
     seconds = []
     for i in range(steps):
@@ -72,8 +67,6 @@ def measure(build: Build, shape: Shape, steps: int) -> dict[str, Any]:
         step(batches[i % 4])
         seconds.append(time.perf_counter() - start)
     peak = memory("VmHWM") - before
-    # The layout of fastsae's weights, so that every provider has the same unit.
-    product = product_seconds(batches[0], weights().contiguous())
     last = step(batches[0])
     product = min(product, product_seconds(batches[0], weights().contiguous()))
     if not torch.isfinite(last) or last == first:

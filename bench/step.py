@@ -4,7 +4,7 @@
 
 Step: the Trainer's own: centring, encode, loss, backward, unit norm with projected gradient,
 biases, dead tracking, Adam. The dense provider does the same in plain torch. Product:
-`fastsae.train.product_seconds`, before and after the last step, in the same process. Each provider
+`fastsae.timing.product_seconds`, before and after the steps, in the same process. Each provider
 runs in a process of its own, so that peak_bytes, the most memory resident during a step over what
 was resident before the model was made, is its own. Before it is timed, a provider's loss and
 gradients are compared with the float64 reference. The peer libraries (peers.py) follow where

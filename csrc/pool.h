@@ -1,10 +1,9 @@
 // A small thread pool: `parallel_for(tasks, threads, f)` calls f(task, worker) once for each task.
 //
 // The threads are those of torch's OpenMP where there is one, else our own. No OpenMP is linked: a
-// wheel's libgomp has a name of its own, a second copy means a second pool, and macOS's compiler
-// has none. The number macOS's compiler has none. The number of threads is an argument (callers
-// pass torch.get_num_threads()). Which worker runs which task is not deterministic: results must
-// depend on the task alone.
+// second copy of it would mean a second pool, and macOS's compiler has none. The number of threads
+// is an argument: callers pass torch.get_num_threads(). Which worker runs which task is not
+// deterministic, so results must depend on the task alone.
 #pragma once
 #include <cstdint>
 

@@ -2,9 +2,9 @@
 // unit.
 //
 // Every op file is compiled once for each instruction set (setup.py), inside namespace
-// fastsae::FASTSAE_ISA. So these files use no templates or inline functions of the standard
-// library: the linker keeps one copy of such a function, and it might be the one compiled for a
-// newer CPU than this one.
+// fastsae::FASTSAE_ISA. So these files use nothing of the standard library but small functions
+// of <cmath>: the linker keeps one copy of an inline function, and setup.py's link order makes it
+// the one that runs anywhere.
 //
 // `dot` has one summation order on every CPU: 64 running sums, product and sum rounded apart (no
 // FMA), then a halving tree. It is where every value that leaves the library comes from, so no bit

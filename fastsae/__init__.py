@@ -26,7 +26,8 @@ __all__ = ["SAE", "Codes", "SAEConfig", "SAEOutput", "Selection", "TopK", "__ver
 
 if not cpu.available():
     warnings.warn(
-        "fastsae was built without its C++ extension fastsae._C, so CPU tensors take the slow "
-        "reference path. Install a C++ compiler (gcc or clang) and reinstall fastsae-engine.",
+        f"fastsae runs without its C++ extension fastsae._C ({cpu.missing}), so CPU tensors take "
+        "the slow reference path. Install a C++ compiler (gcc or clang) and reinstall "
+        "fastsae-engine.",
         stacklevel=2,
     )

@@ -19,7 +19,8 @@ import tyro
 import fastsae
 from fastsae import SAE, SAEConfig, TopK, cpu, metrics
 from fastsae.data import Batches, Source, in_order, open_source, split
-from fastsae.train import TrainConfig, Trainer, evaluate, product_seconds
+from fastsae.timing import product_seconds
+from fastsae.train import TrainConfig, Trainer, evaluate
 
 RUN_FILES = ("config.json", "sae.safetensors", "log.jsonl", "metrics.json")
 
@@ -49,7 +50,8 @@ class Demo:
         config = SAEConfig(d_in=train.d_in, d_sae=3072, selection=TopK(32))
         print("activations: all-MiniLM-L6-v2, residual stream after block 3 (fastsae/samples)")
         settings = self.train.checked()
-        figures = run_training(config, train, holdout, settings, self.out, overwrite=True)
+        overwrite = self.out == Demo.out
+        figures = run_training(config, train, holdout, settings, self.out, overwrite=overwrite)
         print_figures(figures, self.out)
 
 
@@ -127,6 +129,8 @@ def run_training(
     there = [name for name in RUN_FILES if (out / name).exists()]
     if there and not overwrite:
         raise ValueError(f"{out}: expected a new run directory, got one with {', '.join(there)}")
+    for name in there:
+        (out / name).unlink()
     sae = SAE(config, seed=settings.seed)
     trainer = Trainer(sae, train, settings, out=out)
     figures: dict[str, Any] = trainer.run()
@@ -178,8 +182,8 @@ def info() -> str:
         )
     else:
         lines.append(
-            "cpu       is missing: fastsae._C was not built for want of a C++ compiler; "
-            "install gcc or clang and reinstall fastsae-engine"
+            f"cpu       is missing: fastsae._C, {cpu.missing}; install a C++ compiler "
+            "(gcc or clang) and reinstall fastsae-engine"
         )
     if importlib.util.find_spec("triton") is None:
         lines.append("triton    is missing: pip install 'fastsae-engine[gpu]'")

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fastsae.reference import as_rows
+
+missing: str | None = None
+"""Why the extension is not there; None where it is."""
 try:
     from fastsae import _C
-except ImportError:  # built without a compiler; fastsae/__init__.py says so
+except ImportError as error:  # fastsae/__init__.py says so
     _C = None  # type: ignore[assignment]
+    missing = "it was not built, for want of a C++ compiler"
+    if "_C" not in str(error) or "cannot import name" not in str(error):
+        missing = f"it does not load: {error}"
 
 if TYPE_CHECKING:
     from fastsae.ops import RowGradient
@@ -177,7 +184,7 @@ def normalize_rows_(W_dec: Tensor) -> None:
 def _adam_inputs(
     p: Tensor, dense: Tensor | None, gradients: list[RowGradient]
 ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, ...]]]:
-    matrix = p.detach().view(-1, p.shape[-1])
+    matrix = as_rows(p.detach())
     segments: list[tuple[Tensor, ...]] = [
         (*inverse_index(g.idx, len(matrix), g.row_ptr), g.coef.contiguous().view(-1), _rows(g.src))
         for g in gradients

@@ -10,7 +10,7 @@ and "triton" (decode so far). `backend=None` takes "cpu" where it can and else "
 """
 
 import importlib
-from collections.abc import Callable
+import weakref
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -178,20 +178,33 @@ class RowGradient(NamedTuple):
 
 
 class RowGradientReceiver(Protocol):
-    """What takes row gradients: `fastsae.optim.Adam`."""
+    """What takes row gradients while `receiving`: `fastsae.optim.Adam`."""
+
+    receiving: bool
 
     def receive(self, p: Tensor, gradient: RowGradient) -> None: ...
+
+
+class _Receiver:
+    """A weak reference on a parameter, which is not copied or saved with it."""
+
+    def __init__(self, receiver: RowGradientReceiver | None = None) -> None:
+        self.reference = None if receiver is None else weakref.ref(receiver)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Receiver, ()
+
+    def get(self) -> RowGradientReceiver | None:
+        receiver = None if self.reference is None else self.reference()
+        return receiver if receiver is not None and receiver.receiving else None
 
 
 _RECEIVER, _SPARSE = "_fastsae_receiver", "_fastsae_sparse"
 
 
-def collect_row_gradients(p: Tensor, receiver: Callable[[], RowGradientReceiver | None]) -> None:
-    """From now on backward hands p's row gradients to receiver() and leaves p.grad alone.
-
-    `receiver` is a weak reference: once it gives None, p has gradients of its own again.
-    """
-    setattr(p, _RECEIVER, receiver)
+def collect_row_gradients(p: Tensor, receiver: RowGradientReceiver) -> None:
+    """Backward hands p's row gradients to `receiver` while that is receiving, and not to p.grad."""
+    setattr(p, _RECEIVER, _Receiver(receiver))
 
 
 def set_sparse_gradient(p: Tensor, sparse: bool = True) -> None:
@@ -203,7 +216,8 @@ def _undense_gradient(
     W: Tensor, coef: Tensor, idx: Tensor, src: Tensor, row_ptr: Tensor | None, backend: str
 ) -> tuple[bool, Tensor | None]:
     """Whether W's gradient is wanted in another form than dense, and what to return for it then."""
-    receiver = getattr(W, _RECEIVER, lambda: None)()
+    holder: _Receiver | None = getattr(W, _RECEIVER, None)
+    receiver = None if holder is None else holder.get()
     if receiver is not None:
         receiver.receive(W, RowGradient(coef, idx, src, row_ptr))
         return True, None
@@ -260,17 +274,17 @@ class EncodeFunction(Function):
 
 class DecodeFunction(Function):
     @staticmethod
-    def forward(ctx, vals, idx, W_dec, b_dec, row_ptr, backend):
+    def forward(ctx, vals, idx, W_dec, b_dec, row_ptr, dtype, backend):
         ctx.save_for_backward(vals, idx, W_dec, row_ptr)
         ctx.dtypes = vals.dtype, None if b_dec is None else b_dec.dtype
         ctx.backend = backend
-        return _decode(vals, idx, W_dec, b_dec, row_ptr, W_dec.dtype, backend)
+        return _decode(vals, idx, W_dec, b_dec, row_ptr, dtype, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         vals, idx, W_dec, row_ptr = ctx.saved_tensors
-        return *_decode_gradients(ctx, vals, idx, W_dec, row_ptr, g), None, None
+        return *_decode_gradients(ctx, vals, idx, W_dec, row_ptr, g), None, None, None
 
 
 def _decode_gradients(ctx, vals, idx, W_dec, row_ptr, g, dvals=None, scale=None):
@@ -395,9 +409,12 @@ def decode(
     b_dec: Tensor | None = None,
     *,
     row_ptr: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x̂ = b_dec + Σ vals·W_dec[idx] a token: (N, D), in W_dec's dtype, summed in fp32 or wider.
+    """x̂ = b_dec + Σ vals·W_dec[idx] a token: (N, D), summed in fp32 or wider.
+
+    The result has W_dec's dtype, or `dtype`: float32 or wider, or W_dec's.
 
     vals and idx (int32, -1 pads) are (N, K), or (nnz) with row_ptr (N+1, int64). W_dec (F, D),
     b_dec (D). Differentiable in vals (also where a value is 0), W_dec and b_dec. IndexError for ids
@@ -406,7 +423,9 @@ def decode(
     _check_codes(vals, idx, row_ptr, W_dec, b_dec)
     backend = _resolve(backend, W_dec, b_dec)
     vals = vals.to(_wide(W_dec.dtype))
-    return DecodeFunction.apply(vals.contiguous(), idx.contiguous(), W_dec, b_dec, row_ptr, backend)
+    return DecodeFunction.apply(
+        vals.contiguous(), idx.contiguous(), W_dec, b_dec, row_ptr, dtype or W_dec.dtype, backend
+    )
 
 
 def reconstruction_error(

@@ -1,19 +1,21 @@
 """Adam that consumes the gradients of selected rows as they are: pairs and the rows they weigh.
 
     optimizer = Adam(sae.parameters(), lr=1e-3, unit_rows=[sae.W_dec])
+    optimizer.zero_grad()
     sae.losses(x).loss.backward()
     optimizer.step()
 
 A batch touches nnz pairs of W_enc and W_dec. Plain autograd spreads their gradients over two F×D
-matrices, which the optimiser reads again. This one asks the ops to leave the pairs with it instead
-(`RowGradient`), and sums a row's gradient when it updates the row: no F×D gradient exists, and
-`.grad` of these parameters stays None. Parameters of any other kind keep their `.grad`.
+matrices, which the optimiser reads again. Between `zero_grad` and `step` this one has the ops leave
+the pairs with it instead (`RowGradient`), and sums a row's gradient when it updates the row: no F×D
+gradient exists. In that time `.grad` of 2-D parameters stays None, so clip with `clip=`, not with
+torch.nn.utils.clip_grad_norm_, and ask for other gradients of them (torch.autograd.grad) at another
+time. A backward outside of it gives dense gradients as usual, and `step` takes those too.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastsae import ops
+from fastsae import ops, reference
 
 
 class Adam(torch.optim.Optimizer):
@@ -77,7 +79,8 @@ class Adam(torch.optim.Optimizer):
             )
         for p in owned:
             if p.ndim == 2:
-                ops.collect_row_gradients(p, weakref.ref(self))
+                ops.collect_row_gradients(p, self)
+        self.receiving = False
         self.row_gradients: dict[int, list[ops.RowGradient]] = {}
 
     def receive(self, p: Tensor, gradient: ops.RowGradient) -> None:
@@ -85,8 +88,9 @@ class Adam(torch.optim.Optimizer):
         self.row_gradients.setdefault(id(p), []).append(gradient)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets all gradients, pairs included."""
+        """Forgets all gradients; from here until `step`, backward leaves row gradients here."""
         self.row_gradients.clear()
+        self.receiving = True
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -115,12 +119,27 @@ class Adam(torch.optim.Optimizer):
                 result = closure()
         scale = 1.0
         if self.clip is not None:
-            scale = min(1.0, self.clip / (self.gradient_norm() + 1e-6))
+            norm = self.gradient_norm()
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"gradient: expected a finite norm, got {norm}")
+            scale = min(1.0, self.clip / (norm + 1e-6))
         for group in self.param_groups:
             for p in group["params"]:
                 if self._has_gradient(p):
                     self._update(p, group, scale)
+        self.row_gradients.clear()
+        self.receiving = False
         return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every tensor keeps its own dtype: moments stay float32."""
+        super().load_state_dict(state_dict)
+        own = (p for group in self.param_groups for p in group["params"])
+        theirs = (i for group in state_dict["param_groups"] for i in group["params"])
+        for p, i in zip(own, theirs, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.detach().clone().to(p.device)
 
     def _update(self, p: Tensor, group: dict[str, Any], scale: float) -> None:
         beta1, beta2 = group["betas"]
@@ -131,7 +150,7 @@ class Adam(torch.optim.Optimizer):
             if beta1:
                 state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
-            rows = len(p) if p.ndim == 2 else 1
+            rows = len(reference.as_rows(p))
             state["last"] = torch.zeros(rows, dtype=torch.int32, device=p.device)
         state["step"] += 1
         ops.adam_(

@@ -206,11 +206,16 @@ def normalize_rows_(W_dec: Tensor) -> None:
     W.copy_((W / norm).where(norm > 0, W))
 
 
+def as_rows(p: Tensor) -> Tensor:
+    """A parameter of any shape as a matrix (rows, width), same memory; a vector is one row."""
+    return p.view(-1, p.shape[-1]) if p.ndim >= 2 else p.view(1, -1)
+
+
 def gradient_rows(
     p: Tensor, dense: Tensor | None, gradients: list[RowGradient], project: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradient that `adam_` scales and applies (rows, D), and which rows have one (rows)."""
-    matrix = p.detach().view(-1, p.shape[-1])
+    matrix = as_rows(p.detach())
     grad = matrix.new_zeros(matrix.shape, dtype=torch.promote_types(p.dtype, torch.float32))
     touched = torch.full((len(matrix),), dense is not None, device=p.device)
     if dense is not None:
@@ -259,7 +264,7 @@ def adam_(
         touched = torch.ones_like(touched)
     if not bool(touched.any()):
         return
-    matrix = p.detach().view(-1, p.shape[-1])
+    matrix = as_rows(p.detach())
     g = grad[touched] * scale
     w = matrix[touched].to(grad.dtype)
     second = v.view(matrix.shape)[touched]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,9 +201,7 @@ class SAE(nn.Module):
         return self._wide(self._tokens(x, self.config.d_in, "x")) * self.input_scale
 
     def _wide(self, x: Tensor) -> Tensor:
-        return x.to(
-            torch.promote_types(torch.promote_types(x.dtype, self.W_dec.dtype), torch.float32)
-        )
+        return x.to(torch.promote_types(self.W_dec.dtype, torch.float32))
 
     def _skipped(self, tokens: Tensor) -> Tensor:
         assert self.W_skip is not None
@@ -230,6 +228,7 @@ class SAE(nn.Module):
             self.W_dec,
             self.b_dec,
             row_ptr=codes.row_ptr,
+            dtype=torch.promote_types(self.W_dec.dtype, torch.float32),
             backend=self.backend,
         )
         if self.W_skip is not None:
@@ -237,8 +236,8 @@ class SAE(nn.Module):
                 raise ValueError(
                     "x: expected the codes' input (the SAE has a skip connection), got None"
                 )
-            out = self._wide(out) + self._skipped(self._scaled(x))
-        return (self._wide(out) / self._out_scale).to(self.W_dec.dtype)
+            out = out + self._skipped(self._scaled(x))
+        return (out / self._out_scale).to(self.W_dec.dtype)
 
     @property
     def _out_scale(self) -> Tensor:
@@ -408,14 +407,14 @@ class SAE(nn.Module):
     def fold_scale_(self) -> SAE:
         """Folds the scales into the weights: same reconstruction, scales of 1. Returns self.
 
-        An autoencoder's activations shrink by its scale s (b_enc/s, b_dec/s); a transcoder's by its
-        input's.
+        Activations shrink by the scale of what is reconstructed, and W_dec keeps its norms; ReLU
+        and the selection do not mind a positive factor.
         """
         s_in, s_out = self.input_scale.double(), self._out_scale.double()
         for p, factor in (
-            (self.b_enc, 1 / s_in),
+            (self.W_enc, s_in / s_out),
+            (self.b_enc, 1 / s_out),
             (self.b_dec, 1 / s_out),
-            (self.W_dec, s_in / s_out),
             (self.W_skip, s_in / s_out),
         ):
             if p is not None and factor != 1:
@@ -457,7 +456,7 @@ class SAE(nn.Module):
             tensors = load_file(folder / "sae.safetensors")
         except Exception as error:
             raise ValueError(f"{folder / 'sae.safetensors'}: {error}") from None
-        sae = cls(config, device=device)
+        sae = cls(config, device=device).eval()
         try:
             sae.load_state_dict(tensors)
         except RuntimeError as error:
@@ -465,7 +464,7 @@ class SAE(nn.Module):
         return sae
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in asdict(self.config).items())
+        return ", ".join(f"{f.name}={getattr(self.config, f.name)}" for f in fields(self.config))
 
 
 def _mean(x: Tensor, backend: str | None = None) -> Tensor:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from fastsae import metrics
@@ -51,7 +50,7 @@ class TrainConfig:
     clip: float | None = None
     """Largest global gradient norm; None: no clipping."""
     seed: int = 0
-    """Of the initial weights and of the order of the data."""
+    """Of the order of the data; on the command line also of the initial weights."""
     scale: bool = True
     """Scale the activations to a mean variance of 1 a coordinate (measured on init_rows rows)."""
     b_dec: Literal["geometric_median", "mean", "zero"] = "geometric_median"
@@ -146,13 +145,17 @@ class Trainer:
         sae.train()
         device = sae.W_dec.device
         target = None if batch.target is None else batch.target.to(device)
+        optimizer.zero_grad()
         try:
             output = sae.losses(batch.x.to(device), target)
         except ValueError as error:  # a source has finite rows, so it is the weights
             if "finite" not in str(error):
                 raise
             raise FloatingPointError(self._diverged(str(error))) from error
-        optimizer.zero_grad(set_to_none=True)
+        if not bool(torch.isfinite(output.loss.detach())):  # a bad step writes nothing
+            raise FloatingPointError(
+                self._diverged(f"expected a finite loss, got {float(output.loss.detach())}")
+            )
         output.loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = self.lr * self.config.lr_factor(self.step_count)
@@ -175,16 +178,20 @@ class Trainer:
         log = None
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-            log = (self.out / "log.jsonl").open("w")
+            log = (self.out / "log.jsonl").open("a" if self.step_count else "w")
             settings = {"sae": self.sae.config.to_dict(), "train": asdict(self.config)}
             log.write(json.dumps({"config": settings}) + "\n")
         try:
             if self.step_count == 0:
                 self.initialize()
+            first_step = self.step_count
             start_row = self.step_count * self.config.batch_size
             batches = Batches(self.source, self.config.batch_size, self.config.seed, start_row)
             with tqdm(
-                total=self.config.steps, disable=None if progress else True, unit="step"
+                total=self.config.steps,
+                initial=first_step,
+                disable=None if progress else True,
+                unit="step",
             ) as bar:
                 while self.step_count < self.config.steps:
                     output = self.step(next(batches))
@@ -197,10 +204,6 @@ class Trainer:
                     ):
                         continue
                     line = self._log_line(output, time.perf_counter() - start)
-                    if not math.isfinite(line["loss"]):
-                        raise FloatingPointError(
-                            self._diverged(f"expected a finite loss, got {line['loss']}")
-                        )
                     bar.set_postfix(loss=f"{line['loss']:.4f}", dead=line["n_dead"])
                     if log is not None:
                         log.write(json.dumps(line) + "\n")
@@ -214,7 +217,8 @@ class Trainer:
                 raise FloatingPointError(self._diverged(f"expected a finite {name}"))
         if self.out is not None:
             self.sae.save(self.out)
-        tokens = self.config.steps * self.config.batch_size
+        self.sae.eval()
+        tokens = (self.step_count - first_step) * self.config.batch_size
         return {"train_seconds": seconds, "tokens_per_s": tokens / seconds}
 
     def _diverged(self, what: str) -> str:
@@ -259,37 +263,17 @@ def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, floa
     fvu = metrics.FVU()
     fired = torch.zeros(sae.config.d_sae, dtype=torch.int64)
     device = sae.W_dec.device
-    for x, target in in_order(source, batch_size):
-        x = x.to(device)
-        codes = sae.encode(x)
-        fvu.update(x if target is None else target, sae.decode(codes, x))
-        fired += codes.firing_counts().to("cpu")
-    sae.train(was_training)
+    try:
+        for x, target in in_order(source, batch_size):
+            x = x.to(device)
+            codes = sae.encode(x)
+            fvu.update(x if target is None else target, sae.decode(codes, x))
+            fired += codes.firing_counts().to("cpu")
+    finally:
+        sae.train(was_training)
     return {
         "fvu": fvu.value,
         "explained_variance": fvu.explained_variance,
         "l0": metrics.l0(fired, source.n_rows),
         "dead_share": metrics.dead_share(fired),
     }
-
-
-def product_seconds(x: Tensor, W_enc: Tensor, repeats: int = 5) -> float:
-    """Seconds of one dense encoder product, torch.mm(x, W_encᵀ) in fp32: the unit of every ratio.
-
-    The fastest of `repeats` runs, whole or in blocks of 4096 latents (whole only where the (N, F)
-    result stays under 2 GiB), into memory already touched.
-    """
-    x, W = x.float(), W_enc.detach().float()
-    widths = {min(4096, len(W))}
-    if len(x) * len(W) * 4 < 2**31:
-        widths.add(len(W))
-    best = math.inf
-    for width in widths:
-        out = torch.zeros(len(x), width)
-        for _ in range(repeats):
-            start = time.perf_counter()
-            for i in range(0, len(W), width):
-                block = W[i : i + width]
-                torch.mm(x, block.T, out=out[:, : len(block)] if len(block) < width else out)
-            best = min(best, time.perf_counter() - start)
-    return best

@@ -72,10 +72,11 @@ def ragged(vals: Tensor, idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def far_apart(file: Path, rows: Tensor) -> Tensor:
-    """The three rows so far apart that offsets pass 2³¹ elements, in a file that is mostly holes."""
+    """Three rows so far apart that offsets pass 2³¹ elements, in a file that is mostly a hole."""
     apart = 2**30 + 8
     size = 2 * apart + rows.shape[1]
     memory = torch.from_file(str(file), shared=True, size=size, dtype=rows.dtype)
+    file.unlink()
     return memory.as_strided(rows.shape, (apart, 1)).copy_(rows)
 
 
