@@ -318,7 +318,7 @@ class ErrorFunction(Function):
         )
         ctx.save_for_backward(vals, idx, W_dec, row_ptr, error, dvals)
         ctx.dtypes = vals.dtype, None if b_dec is None else b_dec.dtype, target.dtype
-        ctx.backend = backend
+        ctx.reconstruct, ctx.backend = reconstruct, backend
         ctx.set_materialize_grads(False)
         return sse, error, reconstruction
 
@@ -326,6 +326,8 @@ class ErrorFunction(Function):
     @once_differentiable
     def backward(ctx, dsse, derror, dreconstruction):
         vals, idx, W_dec, row_ptr, error, dvals = ctx.saved_tensors
+        if not ctx.reconstruct:  # torch.compile makes up a gradient even for an empty output
+            dreconstruction = None
         need_target = ctx.needs_input_grad[4]
         dtarget = None
         if derror is None and dreconstruction is None:
