@@ -143,10 +143,15 @@ def strided() -> Case:
 
 
 def stacked(losers: Tensor, winner: Tensor, losers_b: float = 0.0, winner_b: float = 0.0) -> Case:
-    """One winner among 200 losers, as the last latent: the threshold is raised when it comes."""
-    b = torch.full((201,), losers_b)
-    b[200] = winner_b
-    return Case(torch.empty(0), torch.cat([losers.repeat(200, 1), winner[None]]), b, 1)
+    """The winner is the last latent, after 200 losers: the threshold is raised when it comes.
+
+    Before them come many latents that are far from being chosen: a screen that had too much to
+    score would be given up.
+    """
+    W = torch.cat([torch.zeros(12_000, len(winner)), losers.repeat(200, 1), winner[None]])
+    b = torch.full((len(W),), -1e6)
+    b[-201:], b[-1] = losers_b, winner_b
+    return Case(torch.empty(0), W, b, 1)
 
 
 # The next make the screen err by almost all that the margin allows: a margin of 95 % of its size
@@ -170,8 +175,9 @@ def bf16_rounds_weights(copies: int) -> Case:
     d, half_unit = 32, 2.0**-8
     winner, loser = torch.full((d,), 1 + 0.98 * half_unit), torch.full((d,), 1 + 1.02 * half_unit)
     case = stacked(loser, winner, losers_b=-d * 0.05 * half_unit)
-    keep = torch.arange(200 - copies, 201)
-    return case._replace(x=torch.ones(3, d), W_enc=case.W_enc[keep], b_enc=case.b_enc[keep])
+    if copies == 1:
+        case = case._replace(W_enc=case.W_enc[-2:], b_enc=case.b_enc[-2:])
+    return case._replace(x=torch.ones(3, d))
 
 
 def bf16_rounds_tokens(scale: float = 1.0, weight: float = 1.0) -> Case:
@@ -261,6 +267,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "bf16-rounds-tiny-tokens": lambda: bf16_rounds_tokens(1e-30, 1e-5),
     "bf16-rounds-huge-weights": bf16_rounds_huge_weights,
     "bf16-overflows": bf16_overflows,
+    "bf16-overflows-x": lambda: Case(bf16_overflows().W_enc, bf16_overflows().x, None, 2),
     "screen-overflows": screen_overflows,
 }
 
