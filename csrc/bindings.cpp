@@ -158,6 +158,8 @@ void check_threads(int threads) {
 // (n + 1) int64; ids in [-1, n_latents).
 Pairs pairs(const py::object* vals, const py::handle& idx, const py::handle& row_ptr, int64_t n,
             int64_t n_latents) {
+  if (n >= int64_t{1} << 31)
+    throw py::value_error("expected fewer than 2**31 tokens, got " + std::to_string(n));
   Pairs p{};
   p.n = n;
   View i;
@@ -176,9 +178,8 @@ Pairs pairs(const py::object* vals, const py::handle& idx, const py::handle& row
                             std::to_string(i.cols));
   }
   const int64_t nnz = i.rows * i.cols;
-  if (nnz >= int64_t{1} << 31 || n >= int64_t{1} << 31)
-    throw py::value_error("idx: expected fewer than 2**31 entries and tokens, got " +
-                          std::to_string(nnz));
+  if (nnz >= int64_t{1} << 31)
+    throw py::value_error("idx: expected fewer than 2**31 entries, got " + std::to_string(nnz));
   p.idx = i.as<int32_t>();
   check_range(p.idx, nnz, -1, n_latents, "idx");
   return p;
@@ -194,8 +195,8 @@ void check_latents(int64_t n) {
 // ---- the functions ----
 
 void encode(py::object x, py::object w, py::object bias, py::object latents, py::object vals,
-            py::object idx, const std::string& screen, int threads, int64_t block_tokens,
-            const std::string& isa) {
+            py::object idx, const std::string& screen, bool rounded, int threads,
+            int64_t block_tokens, const std::string& isa) {
   check_threads(threads);
   const View xv = view(x, "x", "float32", {ANY, ANY});
   const View wv = view(w, "W_enc", FLOATS, {ANY, xv.cols});
@@ -230,6 +231,7 @@ void encode(py::object x, py::object w, py::object bias, py::object latents, py:
   a.vals = out.as<float>();
   a.idx = ids.as<int32_t>();
   a.bf16_screen = screen == "bf16";
+  a.rounded = rounded;
   a.block_tokens = block_tokens;
   a.threads = threads;
   NonFinite found;
@@ -459,7 +461,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of fastsae; called by fastsae/cpu.py, which documents them.";
   m.def("isas", &isas, "Instruction sets compiled in that this CPU can run, best first.");
   m.def("encode", &encode, arg("x"), arg("W_enc"), arg("b_enc"), arg("latents"), arg("vals"),
-        arg("idx"), arg("screen"), arg("threads"), arg("block_tokens") = 0, arg("isa") = "");
+        arg("idx"), arg("screen"), arg("rounded").noconvert(), arg("threads"),
+        arg("block_tokens") = 0, arg("isa") = "");
   m.def("decode_fwd", &decode_fwd, arg("vals"), arg("idx"), arg("row_ptr"), arg("W_dec"),
         arg("b_dec"), arg("out"), arg("threads"), arg("isa") = "");
   m.def("decode_error", &decode_error, arg("vals"), arg("idx"), arg("row_ptr"), arg("W_dec"),

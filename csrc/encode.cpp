@@ -461,6 +461,7 @@ class Encoder {
 template <class Screen>
 NonFinite encode_with(const EncodeArgs& args) {
   if (args.w.is_bf16) return Encoder<Screen, bf16>(args).run();
+  if (args.rounded) return Encoder<Screen, rounded>(args).run();
   return Encoder<Screen, float>(args).run();
 }
 

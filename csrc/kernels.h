@@ -30,6 +30,7 @@ struct EncodeArgs {
   float* vals;   // (n, k) out
   int32_t* idx;  // (n, k) out
   bool bf16_screen;
+  bool rounded;          // W_enc counts as rounded to bf16; x is
   int64_t block_tokens;  // 0: chosen here
   int threads;
 };

@@ -79,21 +79,11 @@ FASTSAE_INLINE float key_value(uint64_t key) {
 }
 FASTSAE_INLINE int32_t key_id(uint64_t key) { return ~static_cast<int32_t>(key); }
 
-void sift_down(uint64_t* heap, int64_t i, int64_t n) {
-  const uint64_t item = heap[i];
-  for (int64_t child; (child = 2 * i + 1) < n; i = child) {
-    if (child + 1 < n && heap[child + 1] < heap[child]) ++child;
-    if (item <= heap[child]) break;
-    heap[i] = heap[child];
-  }
-  heap[i] = item;
-}
-
-// Writes the largest min(n, k) of n distinct keys to out, descending; returns how many. keys is
-// overwritten.
+// Writes the largest min(n, k) of n distinct keys to out, descending; returns how many. out has room
+// for n; keys is overwritten.
 int64_t largest(uint64_t* keys, int64_t n, int64_t k, uint64_t* out) {
   const int64_t kept = n < k ? n : k;
-  if (n <= 256) {  // every key's place is the number of keys above it
+  if (n <= 128) {  // every key's place is the number of keys above it
     for (int64_t i = 0; i < n; ++i) {
       int64_t place = 0;
       for (int64_t j = 0; j < n; ++j) place += keys[j] > keys[i];
@@ -101,17 +91,27 @@ int64_t largest(uint64_t* keys, int64_t n, int64_t k, uint64_t* out) {
     }
     return kept;
   }
-  for (int64_t i = kept / 2; i-- > 0;) sift_down(keys, i, kept);
-  for (int64_t i = kept; i < n; ++i)
-    if (keys[i] > keys[0]) {
-      keys[0] = keys[i];
-      sift_down(keys, 0, kept);
+  // A radix sort, lowest byte first; a byte that all keys share is passed over.
+  constexpr int DIGITS = 8, BINS = 256;
+  uint32_t counts[DIGITS][BINS] = {};
+  for (int64_t i = 0; i < n; ++i)
+    for (int digit = 0; digit < DIGITS; ++digit) ++counts[digit][keys[i] >> 8 * digit & 255];
+  uint64_t *from = keys, *to = out;
+  for (int digit = 0; digit < DIGITS; ++digit) {
+    uint32_t* next = counts[digit];
+    if (next[from[0] >> 8 * digit & 255] == n) continue;
+    uint32_t place = 0;
+    for (int bin = BINS - 1; bin >= 0; --bin) {
+      const uint32_t count = next[bin];
+      next[bin] = place;
+      place += count;
     }
-  for (int64_t left = kept; left > 0; --left) {
-    out[left - 1] = keys[0];
-    keys[0] = keys[left - 1];
-    sift_down(keys, 0, left - 1);
+    for (int64_t i = 0; i < n; ++i) to[next[from[i] >> 8 * digit & 255]++] = from[i];
+    uint64_t* const sorted = to;
+    to = from;
+    from = sorted;
   }
+  if (from != out) std::memcpy(out, from, kept * sizeof *out);
   return kept;
 }
 

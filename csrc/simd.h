@@ -76,6 +76,22 @@ FASTSAE_INLINE bf16 to_bf16(float f) {
   if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16>((u >> 16) | 0x40);
   return static_cast<bf16>((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
 }
+
+// An fp32 number that is read as if it had been stored in bf16.
+struct rounded {
+  float value;
+};
+FASTSAE_INLINE float to_float(rounded v) { return to_float(to_bf16(v.value)); }
+FASTSAE_INLINE vec load(const rounded* p) {
+  uvec u;
+  std::memcpy(&u, p, sizeof u);
+  const uvec nearest = (u + 0x7fffu + (u >> 16 & 1)) & 0xffff0000u;
+  const uvec bits = (u & 0x7fffffffu) > 0x7f800000u ? u : nearest;  // NaN stays NaN
+  vec v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
 FASTSAE_INLINE void assign(float& out, float v) { out = v; }
 FASTSAE_INLINE void assign(bf16& out, float v) { out = to_bf16(v); }
 

@@ -9,6 +9,7 @@ def encode(
     vals: Tensor,
     idx: Tensor,
     screen: str,
+    rounded: bool,
     threads: int,
     block_tokens: int = 0,
     isa: str = "",

@@ -64,6 +64,7 @@ def encode(
     b_enc: Tensor | None,
     k: int,
     latents: Tensor | None = None,
+    precision: str = "screened",
     *,
     forced: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -71,11 +72,16 @@ def encode(
 
     forced: any of screen, block_tokens and isa, which never change a bit of the result.
     """
-    x = _rows(x.detach().float())
+    rounded = precision == "bf16"
+    x = _rows((x.detach().bfloat16() if rounded else x.detach()).float())
     vals = torch.empty(x.shape[0], k, dtype=torch.float32)
     idx = torch.empty(x.shape[0], k, dtype=torch.int32)
-    how = {"screen": screen(), "threads": torch.get_num_threads(), **(forced or {})}
-    _C.encode(x, W_enc, _float(b_enc), latents, vals, idx, **how)
+    how = {
+        "screen": "fp32" if precision == "fp32" else screen(),
+        "threads": torch.get_num_threads(),
+        **(forced or {}),
+    }
+    _C.encode(x, W_enc, _float(b_enc), latents, vals, idx, rounded=rounded, **how)
     return vals, idx
 
 

@@ -12,7 +12,7 @@ and "triton" (decode so far). `backend=None` takes "cpu" where it can and else "
 import importlib
 import weakref
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 from fastsae import cpu, reference
 
 BACKENDS = ("reference", "cpu", "triton")
+Precision = Literal["screened", "fp32", "bf16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 def choose_backend(*tensors: Tensor | None) -> str:
@@ -63,13 +65,19 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.custom_op("fastsae::encode", mutates_args=())
 def _encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, latents: Tensor | None, k: int, backend: str
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    latents: Tensor | None,
+    k: int,
+    precision: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _kernel(backend, "encode", "encode")(x, W_enc, b_enc, k, latents)
+    return _kernel(backend, "encode", "encode")(x, W_enc, b_enc, k, latents, precision)
 
 
 @_encode.register_fake
-def _(x, W_enc, b_enc, latents, k, backend):
+def _(x, W_enc, b_enc, latents, k, precision, backend):
     vals = x.new_empty(x.shape[0], k, dtype=_wide(torch.promote_types(x.dtype, W_enc.dtype)))
     return vals, vals.new_empty(x.shape[0], k, dtype=torch.int32)
 
@@ -236,10 +244,10 @@ def _undense_gradient(
 
 class EncodeFunction(Function):
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, pre_bias, latents, k, backend):
+    def forward(ctx, x, W_enc, b_enc, pre_bias, latents, k, precision, backend):
         xc = x.to(_wide(x.dtype))
         xc = xc if pre_bias is None else xc - pre_bias
-        vals, idx = _encode(xc, W_enc, b_enc, latents, k, backend)
+        vals, idx = _encode(xc, W_enc, b_enc, latents, k, precision, backend)
         ctx.save_for_backward(xc, W_enc, idx)
         ctx.dtypes = x.dtype, *(None if t is None else t.dtype for t in (b_enc, pre_bias))
         ctx.backend = backend
@@ -254,7 +262,7 @@ class EncodeFunction(Function):
         need_x, need_W, need_b, need_pre = ctx.needs_input_grad[:4]
         dx = dW = db = dpre = None
         if dvals is None:
-            return (None,) * 7
+            return (None,) * 8
         dvals = dvals.contiguous()
         if need_x:
             dx = _decode(dvals, idx, W_enc, None, None, ctx.dtypes[0], ctx.backend)
@@ -269,7 +277,7 @@ class EncodeFunction(Function):
             dW = rows if dense_W else dW
             db = sums.to(ctx.dtypes[1]) if need_b else None
             dpre = -_column_sum(W_enc, sums, ctx.backend).to(ctx.dtypes[2]) if need_pre else None
-        return dx, dW, db, dpre, None, None, None
+        return dx, dW, db, dpre, None, None, None, None
 
 
 class DecodeFunction(Function):
@@ -370,15 +378,21 @@ def encode(
     *,
     k: int,
     latents: Tensor | None = None,
+    precision: Precision = "screened",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest positive h = (x - pre_bias) W_encᵀ + b_enc of each token.
 
     x (N, D), W_enc (F, D), b_enc (F), pre_bias (D), latents (int32, ascending ids to choose from).
     Returns vals (N, k), float32 or float64, by value descending then latent ascending, and idx (N,
-    k) int32; -1 and 0 pad where fewer than k are positive. Exact: the values come from one
-    fixed-order dot product, on every backend up to its rounding. ValueError for wrong shapes and
+    k) int32; -1 and 0 pad where fewer than k are positive. ValueError for wrong shapes and
     non-finite numbers.
+
+    Exact: the values come from one fixed-order fp32 dot product, which also decides. precision says
+    how the pairs worth it are found: "screened", by the fastest product whose error is bounded
+    (bf16 where the CPU multiplies that, else fp32); "fp32", by an fp32 product. The results are the
+    same to the bit. "bf16" is another result, that of x - pre_bias and W_enc rounded to bf16 (as
+    under autocast); gradients are as without the rounding.
     """
     _check(x, "x", (None, None))
     _check(W_enc, "W_enc", (None, x.shape[1]))
@@ -386,8 +400,10 @@ def encode(
     _check(pre_bias, "pre_bias", (x.shape[1],))
     if k < 0:
         raise ValueError(f"k: expected at least 0, got {k}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     backend = _resolve(backend, x, W_enc, b_enc, pre_bias)
-    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, latents, k, backend)
+    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, latents, k, precision, backend)
 
 
 def _check_codes(

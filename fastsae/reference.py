@@ -43,19 +43,27 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, latents: Tensor | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    latents: Tensor | None = None,
+    precision: str = "screened",
 ) -> tuple[Tensor, Tensor]:
     """The k largest positive pre-activations of each token: ``vals``, ``idx``, both (N, k).
 
     x (N, D) centred tokens, W_enc (F, D), b_enc (F) or None. ``latents`` (int32, ascending) limits
-    the choice to some latents. Fewer than k are kept where fewer are positive. vals are float64 for
-    float64 inputs and float32 otherwise. ValueError where an input or a pre-activation is not
-    finite.
+    the choice to some latents. With precision "bf16", x and W_enc are rounded to bf16 first; "fp32"
+    and "screened" are the same here. Fewer than k are kept where fewer are positive. vals are
+    float64 for float64 inputs and float32 otherwise. ValueError where an input or a pre-activation
+    is not finite.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, W_enc.dtype), torch.float32)
     ids = torch.arange(len(W_enc), device=x.device) if latents is None else latents.long()
-    W, b = W_enc[ids].to(dtype), None if b_enc is None else b_enc[ids].to(dtype)
-    x = x.to(dtype)
+    W, b = W_enc[ids], None if b_enc is None else b_enc[ids].to(dtype)
+    if precision == "bf16":
+        x, W = x.bfloat16(), W.bfloat16()
+    x, W = x.to(dtype), W.to(dtype)
     _check_finite(x, "x")
     _check_finite(W, "W_enc")
     _check_finite(b, "b_enc")

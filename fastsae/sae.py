@@ -138,7 +138,7 @@ class SAE(nn.Module):
 
     Parameters: W_enc (F, D), b_enc (F), W_dec (F, D_out), b_dec (D_out), W_skip (D_out, D). The
     decoder starts as random unit rows; an autoencoder's encoder starts as its copy (tied start),
-    biases and W_skip at 0.
+    biases and W_skip at 0. precision and backend are those of `fastsae.ops.encode`.
     """
 
     W_enc: nn.Parameter
@@ -156,11 +156,12 @@ class SAE(nn.Module):
         *,
         seed: int = 0,
         device: torch.device | str | None = None,
+        precision: ops.Precision = "screened",
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.backend = backend
+        self.precision, self.backend = precision, backend
         d_in, d_sae, d_out = config.d_in, config.d_sae, config.d_out or config.d_in
         dtype = DTYPES[config.dtype]
         generator = torch.Generator().manual_seed(seed)
@@ -212,7 +213,14 @@ class SAE(nn.Module):
         return self.b_dec if self.config.apply_b_dec_to_input else None
 
     def _select(self, x: Tensor, selection: Selection) -> Codes:
-        return selection.encode(x, self.W_enc, self.b_enc, self._pre_bias, backend=self.backend)
+        return selection.encode(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self._pre_bias,
+            precision=self.precision,
+            backend=self.backend,
+        )
 
     def encode(self, x: Tensor) -> Codes:
         """The codes of x (…, D), its leading dimensions flattened to N tokens."""
@@ -344,6 +352,7 @@ class SAE(nn.Module):
             self._pre_bias,
             k=k,
             latents=dead,
+            precision=self.precision,
             backend=self.backend,
         )
         codes = Codes(vals, idx, self.config.d_sae)

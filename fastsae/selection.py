@@ -42,6 +42,7 @@ class Selection:
         b_enc: Tensor | None,
         pre_bias: Tensor | None,
         *,
+        precision: ops.Precision = "screened",
         backend: str | None = None,
     ) -> Codes:
         """The codes of the tokens x (N, D), differentiable in all four inputs."""
@@ -91,9 +92,12 @@ class TopK(Selection):
         b_enc: Tensor | None,
         pre_bias: Tensor | None,
         *,
+        precision: ops.Precision = "screened",
         backend: str | None = None,
     ) -> Codes:
-        vals, idx = ops.encode(x, W_enc, b_enc, pre_bias, k=self.k, backend=backend)
+        vals, idx = ops.encode(
+            x, W_enc, b_enc, pre_bias, k=self.k, precision=precision, backend=backend
+        )
         return Codes(vals, idx, len(W_enc))
 
     def widened(self, factor: int, d_sae: int) -> TopK:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from fastsae import metrics
+from fastsae import metrics, ops
 from fastsae.data import Batch, Batches, Source, in_order
 from fastsae.optim import Adam
 from fastsae.sae import B_DEC_STARTS, SAE, SAEOutput
@@ -180,7 +180,7 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             log = (self.out / "log.jsonl").open("a" if self.step_count else "w")
             settings = {"sae": self.sae.config.to_dict(), "train": asdict(self.config)}
-            log.write(json.dumps({"config": settings}) + "\n")
+            log.write(json.dumps({"config": settings, "engine": self.engine()}) + "\n")
         try:
             if self.step_count == 0:
                 self.initialize()
@@ -220,6 +220,14 @@ class Trainer:
         self.sae.eval()
         tokens = (self.step_count - first_step) * self.config.batch_size
         return {"train_seconds": seconds, "tokens_per_s": tokens / seconds}
+
+    def engine(self) -> dict[str, str]:
+        """What runs the steps: the backend, and whether W_enc and W_dec have gradient matrices."""
+        rows = isinstance(self.optimizer, Adam)
+        return {
+            "backend": self.sae.backend or ops.choose_backend(*self.sae.parameters()),
+            "gradients": "rows, summed in the update" if rows else "dense",
+        }
 
     def _diverged(self, what: str) -> str:
         return f"step {self.step_count}: {what}; a lower learning rate usually helps"

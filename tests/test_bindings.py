@@ -55,7 +55,7 @@ def good_arguments() -> dict[str, dict[str, object]]:
         "encode": {
             **{"x": wide, "W_enc": weight, "b_enc": randn(F), "latents": ids},
             **{"vals": torch.empty(N, K), "idx": torch.empty(N, K, dtype=torch.int32)},
-            **{"screen": "fp32", "block_tokens": 0},
+            **{"screen": "fp32", "rounded": False, "block_tokens": 0},
         },
         "decode_fwd": {**padded, "W_dec": weight, "b_dec": bias, "out": torch.empty(N, D)},
         "decode_fwd-ragged": {**flat, "W_dec": weight, "b_dec": bias, "out": torch.empty(N, D)},
@@ -369,7 +369,7 @@ WITHOUT_TORCH = """
     def work(threads, isa=""):
         for weights, v, i in ((W, "vals", "idx"), (half, "half_vals", "half_idx")):
             out = np.full((n, k), np.nan, np.float32), np.full((n, k), 77, np.int32)
-            C.encode(x, weights, b, None, *map(Tensor, out), "fp32", threads, 0, isa)
+            C.encode(x, weights, b, None, *map(Tensor, out), "fp32", False, threads, 0, isa)
             same(**{v: out[0], i: out[1]})
         error, dvals = np.empty((n, d), np.float32), np.empty((n, k), np.float32)
         sse = C.decode_error(vals, idx, None, W, None, x, Tensor(error), None, Tensor(dvals),

@@ -34,7 +34,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastsae import cpu, reference
+from fastsae import SAE, SAEConfig, TopK, cpu, ops, reference
 
 # threads, block_tokens. A block of 1 is as narrow as the instruction set's registers.
 WAYS = ((1, 0), (1, 100), (2, 0), (2, 1))
@@ -295,6 +295,45 @@ def test_bits(name, dtype, isa, screen):
             got = cpu.encode(*case, forced=forced)
         assert_bits(got[0], vals)
         assert_bits(got[1], idx)
+
+
+@variants
+@pytest.mark.parametrize("name", CASES)
+def test_precision_bf16_is_that_of_rounded_inputs(name, isa, screen):
+    """Denormals and numbers that become infinite in bf16 included."""
+    case = CASES[name]()
+    x = case.x.clamp(-3.38e38, 3.38e38)
+    W = case.W_enc.clamp(-3.38e38, 3.38e38)
+    expected = fixed_order_encode(*case._replace(x=x.bfloat16().float(), W_enc=W.bfloat16()))
+    rest = case.b_enc, case.k, case.latents
+    got = cpu.encode(x, W, *rest, "bf16", forced={"isa": isa, "screen": screen})
+    assert_bits(got[0], expected[0])
+    assert_bits(got[1], expected[1])
+
+
+@backends
+def test_precisions(backend):
+    x, W, b, k, _ = plain(33, 300, 70, 9)
+    screened = ops.encode(x, W, b, k=k, backend=backend)
+    fp32 = ops.encode(x, W, b, k=k, precision="fp32", backend=backend)
+    assert torch.equal(screened[0], fp32[0]) and torch.equal(screened[1], fp32[1])
+    bf16 = ops.encode(x, W, b, k=k, precision="bf16", backend=backend)
+    rounded = ops.encode(x.bfloat16(), W.bfloat16(), b, k=k, backend=backend)
+    assert torch.equal(bf16[0], rounded[0]) and torch.equal(bf16[1], rounded[1])
+    assert not torch.equal(bf16[0], fp32[0])
+    sae = SAE(SAEConfig(70, 300, TopK(9)), precision="bf16", backend=backend)
+    expected = ops.encode(x, sae.W_enc, sae.b_enc, k=9, precision="bf16", backend=backend)
+    assert torch.equal(sae.encode(x).vals, expected[0])
+    with pytest.raises(ValueError, match="precision: expected one of screened, fp32, bf16, got"):
+        ops.encode(x, W, b, k=k, precision="tf32", backend=backend)
+
+
+def test_weight_that_overflows_bf16():
+    W = torch.randn(5, 8)
+    W[3, 2] = 3.4e38
+    cpu.encode(torch.zeros(2, 8), W, None, 2)
+    with pytest.raises(ValueError, match="W_enc, b_enc: expected finite"):
+        cpu.encode(torch.zeros(2, 8), W, None, 2, precision="bf16")
 
 
 def test_cases_are_what_they_claim():

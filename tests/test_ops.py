@@ -453,10 +453,10 @@ def custom_op_calls() -> dict[str, tuple]:
     fp32 = torch.float32
     calls = {
         "encode": [
-            (x, W, b, None, 3),
-            (x, W, None, latents, 5),
-            (x, W.to(h), b.to(h), None, 0),
-            (x[:0], W, b, None, 3),
+            (x, W, b, None, 3, "screened"),
+            (x, W, None, latents, 5, "bf16"),
+            (x, W.to(h), b.to(h), None, 0, "fp32"),
+            (x[:0], W, b, None, 3, "screened"),
         ],
         "decode": [
             (vals, idx, W, bias, None, fp32),

@@ -38,9 +38,12 @@ class Above(Selection):
         b_enc: Tensor | None,
         pre_bias: Tensor | None,
         *,
+        precision: ops.Precision = "screened",
         backend: str | None = None,
     ) -> Codes:
-        vals, idx = ops.encode(x, W_enc, b_enc, pre_bias, k=len(W_enc), backend=backend)
+        vals, idx = ops.encode(
+            x, W_enc, b_enc, pre_bias, k=len(W_enc), precision=precision, backend=backend
+        )
         vals = vals * (vals > self.threshold)
         kept = vals > 0
         if self.keep_zeros:

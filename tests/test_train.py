@@ -453,6 +453,7 @@ def test_a_run_directory(tmp_path: Path) -> None:
     first, *lines = log_lines(out)
     assert SAEConfig.from_dict(first["config"]["sae"]) == sae.config
     assert TrainConfig(**first["config"]["train"]) == TrainConfig(**settings)
+    assert first["engine"] == {"backend": "cpu", "gradients": "rows, summed in the update"}
     assert [line["step"] for line in lines] == [10, 20, 25]
     factors = TrainConfig(**settings)
     for line in lines:
