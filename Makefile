@@ -10,22 +10,49 @@ SOURCES := pyproject.toml setup.py constraints.txt $(CSRC)
 
 PEERS := saelens dictionary_learning sparsify
 
+SANITIZE := build/sanitize
+SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g
+SANITIZE_TESTS := encode decode index rows adam bindings
+SANITIZERS = $(foreach name,asan.so ubsan.so stdc++.so.6,$(shell $(CXX) -print-file-name=lib$(name)))
+SANITIZED = cd $(SANITIZE) && PYTHONPATH=$(CURDIR)/$(SANITIZE)/package \
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" $(abspath $(BIN))/python
+
 .NOTPARALLEL:
-.PHONY: help demo test peers lint lint-python lint-types lint-cpp format clean
+.PHONY: help demo test sanitize peers lint lint-python lint-types lint-cpp format clean
 
 help:
-	@echo "make demo    train a sparse autoencoder on the sample data and print its figures"
-	@echo "make test    run the tests"
-	@echo "make peers   install the libraries that bench/step.py compares with"
-	@echo "make lint    check formatting, style and types"
-	@echo "make format  apply the formatting"
-	@echo "make clean   remove the environment, the builds and the caches; keep runs/"
+	@echo "make demo      train a sparse autoencoder on the sample data and print its figures"
+	@echo "make test      run the tests"
+	@echo "make sanitize  run the tests of the C++ kernels under ASan and UBSan (Linux, gcc)"
+	@echo "make peers     install the libraries that bench/step.py compares with"
+	@echo "make lint      check formatting, style and types"
+	@echo "make format    apply the formatting"
+	@echo "make clean     remove the environment, the builds and the caches; keep runs/"
 
 demo: $(VENV)/installed
 	$(BIN)/fastsae demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+# A second build, of a copy of the sources, so that the first one and its objects stay as they are.
+# It runs in a folder without ./fastsae, where the tests' child processes import it too. Pytest
+# leaves the streams of C alone: a report would be lost with the process that it ends. The first
+# run reads beyond a tensor, to see that this is caught.
+sanitize: $(VENV)/installed-test
+	mkdir -p $(SANITIZE)/source
+	cd $(SANITIZE)/source && rm -rf csrc fastsae kernels build/lib*
+	cp -RPp pyproject.toml setup.py README.md LICENSE csrc fastsae kernels $(SANITIZE)/source
+	rm -f $(SANITIZE)/source/fastsae/*.so
+	CXX="$(CXX)" CXXFLAGS="$(SANITIZE_FLAGS)" $(INSTALL) --quiet --no-deps --upgrade \
+		--target $(SANITIZE)/package $(SANITIZE)/source
+	$(SANITIZED) -c "import torch, types; from fastsae import _C; t = torch.ones(64); \
+		longer = types.SimpleNamespace(shape=(2, 64), stride=lambda: (64, 1), dtype=t.dtype, \
+			is_cpu=True, data_ptr=t.data_ptr); \
+		_C.column_sum(longer, None, torch.empty(64), 1)" 2>&1 | grep -q heap-buffer-overflow || \
+		{ echo "sanitize: expected a report of a read beyond a tensor, got none" >&2; exit 1; }
+	$(SANITIZED) -m pytest -p no:cacheprovider --capture=sys \
+		$(SANITIZE_TESTS:%=$(CURDIR)/tests/test_%.py)
 
 lint: lint-python lint-types lint-cpp
 

@@ -37,6 +37,50 @@ def _check_finite(t: Tensor | None, name: str) -> None:
         raise ValueError(f"{name}: expected finite values, got a non-finite one in row {bad}")
 
 
+def _check_ids(ids: Tensor, name: str, low: int, high: int) -> None:
+    wrong = ((ids < low) | (ids >= high)).reshape(-1)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        got = int(ids.reshape(-1)[at])
+        raise IndexError(f"{name}: expected values in [{low}, {high}), got {got} at position {at}")
+
+
+def _check_latents(latents: Tensor, n_latents: int) -> None:
+    """What csrc/bindings.cpp checks; contents only on a CPU, to wait for no other device."""
+    if latents.dtype != torch.int32:
+        raise TypeError(f"latents: expected torch.int32, got {latents.dtype}")
+    if latents.ndim != 1:
+        raise ValueError(f"latents: expected shape (*), got {tuple(latents.shape)}")
+    if latents.device.type != "cpu":
+        return
+    _check_ids(latents, "latents", 0, n_latents)
+    falls = latents[1:] <= latents[:-1]
+    if bool(falls.any()):
+        at = 1 + int(falls.nonzero()[0])
+        raise ValueError(
+            f"latents: expected strictly ascending ids, got {int(latents[at])} at position {at}"
+        )
+
+
+def _check_pairs(idx: Tensor, n_latents: int, row_ptr: Tensor | None) -> None:
+    """What csrc/bindings.cpp checks; contents only on a CPU, to wait for no other device."""
+    if row_ptr is not None:
+        if row_ptr.dtype != torch.int64:
+            raise TypeError(f"row_ptr: expected torch.int64, got {row_ptr.dtype}")
+        if row_ptr.ndim != 1 or len(row_ptr) < 1:
+            raise ValueError(f"row_ptr: expected shape (N+1), got {tuple(row_ptr.shape)}")
+        if row_ptr.device.type == "cpu":
+            first, last = int(row_ptr[0]), int(row_ptr[-1])
+            falls = int((row_ptr[1:] < row_ptr[:-1]).sum())
+            if (first, last, falls) != (0, len(idx), 0):
+                raise ValueError(
+                    f"row_ptr: expected an ascending sequence from 0 to nnz = {len(idx)}, "
+                    f"got {first} to {last} with {falls} falls"
+                )
+    if idx.device.type == "cpu":
+        _check_ids(idx, "idx", -1, n_latents)
+
+
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     with torch.autocast(a.device.type, enabled=False):  # it would round the product to 16 bits
         return a @ b
@@ -59,6 +103,8 @@ def encode(
     is not finite.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, W_enc.dtype), torch.float32)
+    if latents is not None:
+        _check_latents(latents, len(W_enc))
     ids = torch.arange(len(W_enc), device=x.device) if latents is None else latents.long()
     W, b = W_enc[ids], None if b_enc is None else b_enc[ids].to(dtype)
     if precision == "bf16":
@@ -100,6 +146,7 @@ def decode_fwd(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x̂ (N, D) = b_dec + Σ vals·W_dec[idx], the terms in storage order; in `dtype`, or W_dec's."""
+    _check_pairs(idx, len(W_dec), row_ptr)
     vals, idx = padded(vals, row_ptr, 0), padded(idx, row_ptr, -1).long()
     out = vals.new_zeros(len(idx), W_dec.shape[1])
     if b_dec is not None:
@@ -113,6 +160,7 @@ def decode_fwd(
 
 def decode_bwd_vals(g: Tensor, idx: Tensor, W_dec: Tensor, row_ptr: Tensor | None = None) -> Tensor:
     """dvals = <g[n], W_dec[idx]>, in idx's shape; 0 for padding. g (N, D)."""
+    _check_pairs(idx, len(W_dec), row_ptr)
     dtype = torch.promote_types(W_dec.dtype, torch.float32)
     rows = padded(idx, row_ptr, -1).long()
     columns = []
@@ -154,6 +202,7 @@ def inverse_index(
     Latent f was selected by token[latent_ptr[f] : latent_ptr[f+1]], ascending; `entry` says where
     the pair stands in the flattened vals.
     """
+    _check_pairs(idx, n_latents, row_ptr)
     if row_ptr is None:
         n, k = idx.shape
         token = torch.arange(n, device=idx.device).repeat_interleave(k)

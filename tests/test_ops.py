@@ -696,13 +696,10 @@ def test_backends_that_cannot(op):
         call(op, **{name: randn(70, 33).to("meta")}, backend="cpu")
 
 
-def test_triton_without_a_kernel():
+def test_triton_without_a_kernel(monkeypatch):
+    monkeypatch.delattr("fastsae.kernels.encode.encode")
     with pytest.raises(NotImplementedError, match="backend 'triton' has no encode"):
         call("encode", backend="triton")
-    with pytest.raises(NotImplementedError, match="backend 'triton' has no decode_error"):
-        call("reconstruction_error", backend="triton")
-    with pytest.raises(NotImplementedError, match="backend 'triton' has no column_sum"):
-        ops.column_sum(randn(3, 4), backend="triton")
 
 
 def test_without_the_extension(monkeypatch):
@@ -711,3 +708,81 @@ def test_without_the_extension(monkeypatch):
     assert call("encode")[0].shape == (40, 6)
     with pytest.raises(RuntimeError, match=r"backend 'cpu': fastsae._C is not built"):
         call("encode", backend="cpu")
+
+
+NNZ = 7
+PAIRS = torch.tensor([0, 1, 2, 3, 4, -1, 9], dtype=torch.int32)
+ROWS = torch.tensor([0, 2, 4, NNZ])
+
+
+def changed(t: Tensor, at: int, value: int) -> Tensor:
+    t = t.clone()
+    t[at] = value
+    return t
+
+
+@refusals(
+    "changes, error, message",
+    [
+        *(
+            ({"idx": changed(PAIRS, 2, bad)}, IndexError, rf"idx: .*\[-1, 10\), got {bad} at .* 2$")
+            for bad in (-2, -(2**31), 10, 2**31 - 1)
+        ),
+        ({"row_ptr": changed(ROWS, 0, 1)}, ValueError, "row_ptr: .* from 0 to nnz = 7"),
+        ({"row_ptr": changed(ROWS, 0, -1)}, ValueError, "row_ptr: .* from 0 to nnz = 7"),
+        ({"row_ptr": changed(ROWS, 3, 6)}, ValueError, "row_ptr: .* from 0 to nnz = 7"),
+        ({"row_ptr": changed(ROWS, 3, 8)}, ValueError, "row_ptr: .* from 0 to nnz = 7"),
+        ({"row_ptr": changed(ROWS, 1, 5)}, ValueError, "row_ptr: expected an ascending seq"),
+        ({"row_ptr": changed(ROWS, 2, 2**62)}, ValueError, "row_ptr: expected an ascending seq"),
+        ({"row_ptr": changed(ROWS, 1, -(2**62))}, ValueError, "row_ptr: expected an ascending"),
+        ({"row_ptr": ROWS.int()}, TypeError, "row_ptr: expected .*int64, got .*int32"),
+        ({"row_ptr": ROWS.double()}, TypeError, "row_ptr: expected .*int64, got .*float64"),
+    ],
+)
+@backends
+def test_hostile_pairs(changes, error, message, backend):
+    W, target = randn(10, 4), randn(3, 4)
+    sparse = {"vals": randn(NNZ), "idx": PAIRS, "row_ptr": ROWS}
+    ops.decode(**sparse, W_dec=W, backend=backend)
+    sparse |= changes
+    with pytest.raises(error, match=message):
+        ops.decode(**sparse, W_dec=W, backend=backend)
+    with pytest.raises(error, match=message):
+        ops.reconstruction_error(**sparse, W_dec=W, b_dec=None, target=target, backend=backend)
+    idx, row_ptr = sparse["idx"], sparse["row_ptr"]
+    kernels = cpu if backend == "cpu" else reference
+    with pytest.raises(error, match=message):
+        kernels.decode_bwd_vals(target, idx, W, row_ptr)
+    with pytest.raises(error, match=message):
+        kernels.row_gradients(sparse["vals"], idx, target, 10, row_ptr)
+
+
+@backends
+@pytest.mark.parametrize("bad", [-2, -(2**31), 10, 2**31 - 1])
+def test_hostile_ids_in_padded_rows(bad, backend):
+    vals, idx, W = randn(3, 2), changed(PAIRS[:6], 4, bad).view(3, 2), randn(10, 4)
+    message = rf"idx: expected values in \[-1, 10\), got {bad} at position 4"
+    with pytest.raises(IndexError, match=message):
+        ops.decode(vals, idx, W, backend=backend)
+    with pytest.raises(IndexError, match=message):
+        ops.reconstruction_error(vals, idx, W, None, randn(3, 4), backend=backend)
+
+
+@refusals(
+    "latents, error, message",
+    [
+        (torch.tensor([3, 1, 5]).int(), ValueError, "strictly ascending ids, got 1 at position 1"),
+        (torch.tensor([1, 3, 3]).int(), ValueError, "strictly ascending ids, got 3 at position 2"),
+        (torch.tensor([0, 70]).int(), IndexError, r"values in \[0, 70\), got 70 at position 1"),
+        (torch.tensor([-1, 3]).int(), IndexError, r"values in \[0, 70\), got -1 at position 0"),
+        (torch.tensor([2, -1]).int(), IndexError, r"values in \[0, 70\), got -1 at position 1"),
+        (torch.tensor([1, 3]), TypeError, r"int32, got (torch\.)?int64"),
+        (torch.ones(70).bool(), TypeError, r"int32, got (torch\.)?bool"),
+        (torch.tensor([[1, 3]]).int(), ValueError, r"expected shape \(\*\), got \(1, 2\)"),
+        (torch.tensor(1).int(), ValueError, r"expected shape \(\*\), got \(\)"),
+    ],
+)
+@backends
+def test_hostile_latents(latents, error, message, backend):
+    with pytest.raises(error, match="^latents: expected .*" + message.removeprefix("expected ")):
+        call("encode", latents=latents, backend=backend)
