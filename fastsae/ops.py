@@ -6,10 +6,12 @@ a second backward raises. Each backend call is a registered custom op with a fak
 torch.compile traces through.
 
 Backends are "reference" (torch, any device and dtype), "cpu" (C++; float32 and bfloat16 on a CPU)
-and "triton" (decode so far). `backend=None` takes "cpu" where it can and else "reference".
+and "triton" (float32, bfloat16 and float16 on a GPU). `backend=None` takes "cpu" or "triton" where
+they can and else "reference".
 """
 
 import importlib
+import importlib.util
 import weakref
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -24,12 +26,21 @@ from fastsae import cpu, reference
 BACKENDS = ("reference", "cpu", "triton")
 Precision = Literal["screened", "fp32", "bf16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def choose_backend(*tensors: Tensor | None) -> str:
-    """The backend for these tensors: "cpu" if the C++ kernels take them all, else "reference"."""
-    fits = (t is None or (t.device.type == "cpu" and t.dtype in cpu.DTYPES) for t in tensors)
-    return "cpu" if cpu.available() and all(fits) else "reference"
+    """The backend whose kernels take all these tensors: "cpu" or "triton"; else "reference"."""
+    given = [t for t in tensors if t is not None]
+
+    def fits(device: str, dtypes: tuple[torch.dtype, ...]) -> bool:
+        return all(t.device.type == device and t.dtype in dtypes for t in given)
+
+    if cpu.available() and fits("cpu", cpu.DTYPES):
+        return "cpu"
+    if fits("cuda", TRITON_DTYPES) and importlib.util.find_spec("triton") is not None:
+        return "triton"
+    return "reference"
 
 
 def _resolve(backend: str | None, *tensors: Tensor | None) -> str:
@@ -128,7 +139,7 @@ def _decode_error(
     reconstruct: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernel = _kernel(backend, "decode", "decode_error")
+    kernel = _kernel(backend, "decode_error", "decode_error")
     return kernel(vals, idx, W_dec, b_dec, target, row_ptr, reconstruct)
 
 
@@ -162,7 +173,7 @@ def _(coef, idx, src, n_latents, row_ptr, dtype, need_rows, backend):
 
 @torch.library.custom_op("fastsae::column_sum", mutates_args=())
 def _column_sum(m: Tensor, coef: Tensor | None, backend: str) -> Tensor:
-    return _kernel(backend, "rows", "column_sum")(m, coef)
+    return _kernel(backend, "column_sum", "column_sum")(m, coef)
 
 
 @_column_sum.register_fake
@@ -483,13 +494,13 @@ def project_rows_(grad: Tensor, W_dec: Tensor, *, backend: str | None = None) ->
     """Removes from each row of grad (F, D) its part along the same row of W_dec, in place."""
     _check(W_dec, "W_dec", (None, None))
     _check(grad, "grad", tuple(W_dec.shape))
-    _kernel(_resolve(backend, grad, W_dec), "rows", "project_rows_")(grad, W_dec)
+    _kernel(_resolve(backend, grad, W_dec), "unit_rows", "project_rows_")(grad, W_dec)
 
 
 def normalize_rows_(W_dec: Tensor, *, backend: str | None = None) -> None:
     """Scales each row of W_dec (F, D) to norm 1, in place; a row of zeros stays."""
     _check(W_dec, "W_dec", (None, None))
-    _kernel(_resolve(backend, W_dec), "rows", "normalize_rows_")(W_dec)
+    _kernel(_resolve(backend, W_dec), "unit_rows", "normalize_rows_")(W_dec)
 
 
 def gradient_square_norm(
@@ -499,10 +510,10 @@ def gradient_square_norm(
     project: bool,
     *,
     backend: str | None = None,
-) -> float:
-    """‖g‖² of the gradient that `adam_` would apply to p for the same arguments."""
+) -> float | Tensor:
+    """‖g‖² of the gradient that `adam_` would apply to p; on backend "triton" a 0-d tensor."""
     backend = _resolve(backend, p, dense)
-    return _kernel(backend, "adam", "gradient_square_norm")(p, dense, gradients, project)
+    return _kernel(backend, "gradients", "gradient_square_norm")(p, dense, gradients, project)
 
 
 def adam_(
@@ -514,14 +525,15 @@ def adam_(
     m: Tensor | None,
     v: Tensor,
     last: Tensor,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    scale: float,
-    step: int,
+    scale: float | Tensor,
+    step: int | Tensor,
     lazy: bool,
+    stochastic_rounding: bool = False,
     backend: str | None = None,
 ) -> None:
     """One step of Adam on p (rows, D) or (D), in place, for the gradient dense + Σ gradients.
@@ -530,8 +542,13 @@ def adam_(
     last. The gradient is multiplied with scale after that. m (None where beta1 is 0) and v are p's
     moments, last (rows, int32) the step that last updated each row; all three are updated. step
     counts from 1. lazy: rows without a pair stay as they are; else as torch.optim.Adam, or AdamW
-    with weight_decay.
+    with weight_decay. With backend "triton", lr, scale and step may be 0-d tensors on p's
+    device, nothing is written where scale is not finite, and stochastic_rounding says how bfloat16
+    is rounded.
     """
     backend = _resolve(backend, p, dense)
     hyper = (lr, beta1, beta2, eps, weight_decay, scale, step, lazy)
-    _kernel(backend, "adam", "adam_")(p, dense, gradients, project, m, v, last, *hyper)
+    if stochastic_rounding and backend != "triton":
+        raise ValueError(f"stochastic_rounding: expected backend 'triton', got {backend!r}")
+    options = {"stochastic_rounding": True} if stochastic_rounding else {}
+    _kernel(backend, "adam", "adam_")(p, dense, gradients, project, m, v, last, *hyper, **options)

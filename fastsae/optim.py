@@ -38,6 +38,11 @@ class Adam(torch.optim.Optimizer):
     weight_decay: decoupled (AdamW); ValueError with lazy, where it cannot be exact.
     unit_rows: parameters whose rows have norm 1: the gradient's part along a row is removed before
     the update (and before clipping), and the row is normalised after it.
+    bf16_state: moments are bfloat16, and like bfloat16 parameters rounded up or down at random by
+    how near both are, so that small updates are not lost on average; backend "triton" only.
+
+    With backend "triton" nothing here waits for the device: the step count is a tensor there, and
+    a gradient that is not finite makes a step that writes nothing, instead of an exception.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Adam(torch.optim.Optimizer):
         lazy: bool = False,
         clip: float | None = None,
         unit_rows: Iterable[Parameter] = (),
+        bf16_state: bool = False,
         backend: str | None = None,
     ) -> None:
         for name, value, top in (
@@ -70,7 +76,7 @@ class Adam(torch.optim.Optimizer):
             )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
-        self.lazy, self.clip, self.backend = lazy, clip, backend
+        self.lazy, self.clip, self.bf16_state, self.backend = lazy, clip, bf16_state, backend
         self.unit_rows = {id(p) for p in unit_rows}
         owned = [p for group in self.param_groups for p in group["params"]]
         if not self.unit_rows <= {id(p) for p in owned}:
@@ -94,15 +100,19 @@ class Adam(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
-    def gradient_norm(self) -> float:
-        """The global norm of the gradient, projected where rows have norm 1."""
+    def gradient_norm(self) -> float | Tensor:
+        """The global norm of the gradient, projected where rows have norm 1.
+
+        A 0-d tensor with backend "triton".
+        """
         squares = (
             ops.gradient_square_norm(*self._gradients(p), backend=self.backend)
             for group in self.param_groups
             for p in group["params"]
             if self._has_gradient(p)
         )
-        return math.sqrt(sum(squares))
+        square = sum(squares)
+        return square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)
 
     def _has_gradient(self, p: Tensor) -> bool:
         return p.grad is not None or id(p) in self.row_gradients
@@ -111,21 +121,23 @@ class Adam(torch.optim.Optimizer):
         return p, p.grad, self.row_gradients.get(id(p), []), id(p) in self.unit_rows
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
+    def step(self, closure: Callable[[], Any] | None = None, *, valid: Tensor | None = None) -> Any:
+        """One update of every parameter that has a gradient.
+
+        valid: 0-d bool, on the parameters' device; where it is false nothing is written.
+        """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        scale = 1.0
-        if self.clip is not None:
-            norm = self.gradient_norm()
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"gradient: expected a finite norm, got {norm}")
-            scale = min(1.0, self.clip / (norm + 1e-6))
         for group in self.param_groups:
             for p in group["params"]:
                 if self._has_gradient(p):
+                    self._initialize(p, group)
+        scale = self._scale(valid)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if scale is not None and self._has_gradient(p):
                     self._update(p, group, scale)
         self.row_gradients.clear()
         self.receiving = False
@@ -141,18 +153,50 @@ class Adam(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.detach().clone().to(p.device)
 
-    def _update(self, p: Tensor, group: dict[str, Any], scale: float) -> None:
+    def _on_device(self, p: Tensor) -> bool:
+        return (self.backend or ops.choose_backend(p)) == "triton"
+
+    def _scale(self, valid: Tensor | None) -> float | Tensor | None:
+        """What the gradient is multiplied with; None, or NaN on the device: do not update."""
+        owned = (p for group in self.param_groups for p in group["params"])
+        on_device = any(self._on_device(p) for p in owned)
+        if valid is not None and not on_device and not bool(valid):
+            return None
+        scale: float | Tensor = 1.0
+        if self.clip is not None:
+            norm = self.gradient_norm()
+            if isinstance(norm, Tensor):
+                scale = (self.clip / (norm + 1e-6)).clamp(max=1).where(norm.isfinite(), math.nan)
+            elif math.isfinite(norm):
+                scale = min(1.0, self.clip / (norm + 1e-6))
+            else:
+                raise FloatingPointError(f"gradient: expected a finite norm, got {norm}")
+        if valid is not None and on_device:
+            scale = torch.as_tensor(scale, dtype=torch.float32, device=valid.device)
+            scale = scale.where(valid, math.nan)
+        return scale
+
+    def _initialize(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if state:
+            return
+        on_device = self._on_device(p)
+        if self.bf16_state and not on_device:
+            raise ValueError("bf16_state: expected backend 'triton', which rounds stochastically")
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        dtype = torch.bfloat16 if self.bf16_state else dtype
+        # On the device a step that writes nothing must not count, so the count is there too.
+        state["step"] = torch.zeros((), dtype=torch.int64, device=p.device) if on_device else 0
+        if group["betas"][0]:
+            state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
+        state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
+        rows = len(reference.as_rows(p))
+        state["last"] = torch.zeros(rows, dtype=torch.int32, device=p.device)
+
+    def _update(self, p: Tensor, group: dict[str, Any], scale: float | Tensor) -> None:
         beta1, beta2 = group["betas"]
         state = self.state[p]
-        if not state:
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            state["step"] = 0
-            if beta1:
-                state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
-            rows = len(reference.as_rows(p))
-            state["last"] = torch.zeros(rows, dtype=torch.int32, device=p.device)
-        state["step"] += 1
+        state["step"] += scale.isfinite() if isinstance(scale, Tensor) else 1
         ops.adam_(
             *self._gradients(p),
             m=state.get("exp_avg"),
@@ -166,5 +210,6 @@ class Adam(torch.optim.Optimizer):
             scale=scale,
             step=state["step"],
             lazy=self.lazy and p.ndim == 2,
+            stochastic_rounding=self.bf16_state,
             backend=self.backend,
         )

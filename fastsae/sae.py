@@ -301,11 +301,13 @@ class SAE(nn.Module):
             losses["multi_topk"] = self._error(wide, self.b_dec, y)[0] / elements
             loss = loss + c.multi_topk_coef * losses["multi_topk"]
         if self.training:
-            dead = self._count_fired(codes)
-            metrics["n_dead"] = torch.tensor(len(dead))
-            if c.auxk_coef and len(dead):
-                losses["auxk"] = self._auxk(tokens, sse.detach(), error.detach(), dead)
-                loss = loss + c.auxk_coef * losses["auxk"]
+            is_dead = self._count_fired(codes)
+            metrics["n_dead"] = is_dead.sum()
+            if c.auxk_coef:  # waits for a GPU: how many are dead decides shapes
+                dead = is_dead.nonzero()[:, 0].to(torch.int32)
+                if len(dead):
+                    losses["auxk"] = self._auxk(tokens, sse.detach(), error.detach(), dead)
+                    loss = loss + c.auxk_coef * losses["auxk"]
         reconstruction = None
         if xhat is not None:
             if skipped is not None:
@@ -330,12 +332,13 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def _count_fired(self, codes: Codes) -> Tensor:
-        """Updates tokens_since_fired with this batch; returns the ids of dead latents, int32."""
+        """Updates tokens_since_fired with this batch; returns which latents are dead (F)."""
         self.tokens_since_fired += codes.n_tokens
-        fired = codes.idx[codes.vals != 0].long()
-        self.tokens_since_fired.index_fill_(0, fired, 0)
-        dead = self.tokens_since_fired >= self.config.dead_after
-        return dead.nonzero()[:, 0].to(torch.int32)
+        nowhere = self.config.d_sae
+        fired = torch.zeros(nowhere + 1, dtype=torch.bool, device=codes.idx.device)
+        fired.index_fill_(0, codes.idx.where(codes.vals != 0, nowhere).reshape(-1).long(), True)
+        self.tokens_since_fired.masked_fill_(fired[:-1], 0)
+        return self.tokens_since_fired >= self.config.dead_after
 
     def _auxk(self, tokens: Tensor, sse: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         """How badly the dead latents reconstruct what the live ones left (AuxK; Gao et al. 2024).

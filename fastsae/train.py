@@ -128,6 +128,10 @@ class Trainer:
                 unit_rows=[sae.W_dec] if sae.config.decoder_norm == "unit" else [],
                 backend=sae.backend,
             )
+        # On a GPU a step does not wait: a loss that is not finite writes nothing, and is raised at
+        # the next line of the log.
+        self.on_device = self.engine()["backend"] == "triton" and isinstance(self.optimizer, Adam)
+        self.all_finite = torch.ones((), dtype=torch.bool, device=sae.W_dec.device)
         self.step_count = 0
 
     def initialize(self) -> None:
@@ -152,15 +156,17 @@ class Trainer:
             if "finite" not in str(error):
                 raise
             raise FloatingPointError(self._diverged(str(error))) from error
-        if not bool(torch.isfinite(output.loss.detach())):  # a bad step writes nothing
+        finite = output.loss.detach().isfinite()
+        if not self.on_device and not bool(finite):  # a bad step writes nothing
             raise FloatingPointError(
                 self._diverged(f"expected a finite loss, got {float(output.loss.detach())}")
             )
+        self.all_finite &= finite
         output.loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = self.lr * self.config.lr_factor(self.step_count)
         if isinstance(optimizer, Adam):  # projects, clips and normalises itself
-            optimizer.step()
+            optimizer.step(valid=finite if self.on_device else None)
         else:
             sae.project_decoder_gradient_()
             if self.config.clip is not None:
@@ -203,6 +209,8 @@ class Trainer:
                         and self.step_count < self.config.steps
                     ):
                         continue
+                    if not bool(self.all_finite):
+                        raise FloatingPointError(self._diverged("expected finite losses so far"))
                     line = self._log_line(output, time.perf_counter() - start)
                     bar.set_postfix(loss=f"{line['loss']:.4f}", dead=line["n_dead"])
                     if log is not None:
