@@ -1,17 +1,31 @@
 """Rules for the whole session: `gpu` tests run where there is a GPU, and no test may be skipped.
 
 A test of a backend that skips itself because something is missing would leave that backend
-untested without anyone noticing. What cannot run here by nature is deselected, visibly.
+untested without anyone noticing. What cannot run here by nature is deselected, visibly; and so are
+kernels compiled for other targets than an H100, unless --all-targets asks for them, as CI does.
 """
 
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-targets", action="store_true", help="compile for all kinds of GPU")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu and not has_gpu():
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    gpu = has_gpu()
+    all_targets = config.getoption("--all-targets")
+
+    def wanted(item: pytest.Item) -> bool:
+        if item.get_closest_marker("gpu"):
+            return gpu
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return all_targets or parameters.get("target") not in {"A100", "B200", "MI300"}
+
+    left_out = [item for item in items if not wanted(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if wanted(item)]
 
 
 def has_gpu() -> bool:

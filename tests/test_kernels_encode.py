@@ -3,20 +3,20 @@
 import pytest
 import torch
 from aot import RUNNERS, TARGETS, compiled
-from common import NAN, assert_bits, fixed_order_encode, randint, randn
+from common import NAN, assert_bits, fixed_order_encode, name_of, randint, randn
 from test_encode import CASES, Case, case_and_bits
 from torch import Tensor
 
 from fastsae.kernels import encode, norms, score, select
 
 MODULES = {"encode": encode, "norms": norms, "select": select, "score": score}
-# In these only the order of the sum decides, and of two latents torch makes it.
-TWO_LATENTS = {"screen-rounds-first", "screen-rounds-last"}
+# What deceives the C++ kernels' screens: thousands of latents each, which the interpreter streams.
+FOR_THE_CPU = ("bf16-rounds", "screen-rounds", "coarse")
 
 run_all = pytest.mark.parametrize("run", RUNNERS)
 # bf16 has a screen of its own; the rest does not mind the dtype.
 BF16 = ["random", "d1", "d127", "outliers", "huge", "tiny-x", "tokens-of-all-sizes", "near-ties"]
-INPUTS = [(name, torch.float32) for name in CASES if name not in TWO_LATENTS]
+INPUTS = [(name, torch.float32) for name in CASES if not name.startswith(FOR_THE_CPU)]
 INPUTS += [(name, torch.bfloat16) for name in BF16]
 
 
@@ -31,10 +31,10 @@ def take(run, case: Case, precision: str = "screened") -> tuple[Tensor, Tensor]:
 
 
 @run_all
-@pytest.mark.parametrize(("name", "dtype"), INPUTS, ids=[f"{n}-{d}"[:-3] for n, d in INPUTS])
+@pytest.mark.parametrize(("name", "dtype"), INPUTS, ids=[f"{n}-{name_of(d)}" for n, d in INPUTS])
 def test_bits(run, name, dtype):
     case, expected = case_and_bits(name, dtype)
-    n = 3 if len(case.W_enc) < 1000 else 1  # the interpreter takes a tenth of a second for each
+    n = 3 if len(case.W_enc) < 600 else 1  # the interpreter takes a tenth of a second for each
     case = case._replace(x=case.x[:n])
     vals, idx = take(run, case)
     if streams(case):
@@ -42,14 +42,14 @@ def test_bits(run, name, dtype):
         assert_bits(idx, expected[1][:n])
         return
     # The sums are torch's, and so is the order of values that are closer than its rounding.
-    torch.testing.assert_close(vals, expected[0][:n], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(vals, expected[0][:n], rtol=1e-5, atol=1e-5)
     h = case.x.double() @ case.W_enc.double().T
     h = h if case.b_enc is None else h + case.b_enc
     there = idx >= 0
     assert torch.equal(there, vals > 0)
     if len(case.W_enc):
         chosen = h.gather(1, idx.long().clamp(min=0))
-        torch.testing.assert_close(chosen[there], vals.double()[there], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(chosen[there], vals.double()[there], rtol=1e-5, atol=1e-5)
     for row in idx:
         assert len(row[row >= 0].unique()) == (row >= 0).sum()
 
