@@ -18,12 +18,13 @@ SANITIZED = cd $(SANITIZE) && PYTHONPATH=$(CURDIR)/$(SANITIZE)/package \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" $(abspath $(BIN))/python
 
 .NOTPARALLEL:
-.PHONY: help demo test sanitize peers lint lint-python lint-types lint-cpp format clean
+.PHONY: help demo test sanitize neon peers lint lint-python lint-types lint-cpp format clean
 
 help:
 	@echo "make demo      train a sparse autoencoder on the sample data and print its figures"
 	@echo "make test      run the tests"
 	@echo "make sanitize  run the tests of the C++ kernels under ASan and UBSan (Linux, gcc)"
+	@echo "make neon      compare the bits of the C++ kernels with those on an emulated ARM"
 	@echo "make peers     install the libraries that bench/step.py compares with"
 	@echo "make lint      check formatting, style and types"
 	@echo "make format    apply the formatting"
@@ -64,12 +65,25 @@ lint-types: $(VENV)/installed-dev
 	$(BIN)/mypy fastsae
 
 lint-cpp: $(VENV)/installed-dev
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) tests/bits.cpp
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CSRC) tests/bits.cpp
+
+# The same bits on an ARM: needs Debian's g++-aarch64-linux-gnu, libc6-dev-arm64-cross and
+# qemu-user-static.
+BITS := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) tests/bits.cpp
+BITS_FLAGS := -std=c++17 -O3 -ffp-contract=off -pthread -Icsrc -DFASTSAE_ISA=base
+
+neon:
+	@mkdir -p build/neon
+	$(or $(CXX),g++) $(BITS_FLAGS) $(BITS) -ldl -o build/neon/here
+	aarch64-linux-gnu-g++ $(BITS_FLAGS) -static $(BITS) -ldl -o build/neon/arm 2> build/neon/log
+	build/neon/here > build/neon/here.txt
+	qemu-aarch64-static build/neon/arm > build/neon/arm.txt
+	diff build/neon/here.txt build/neon/arm.txt && cat build/neon/arm.txt
 
 clean:
 	rm -rf $(VENV) .peers build dist *.egg-info fastsae/*.so

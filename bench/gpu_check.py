@@ -250,7 +250,7 @@ def encode_rows(
     room = room_for(k)
     note = f"a token has {scored:.1f} on average, {int(counts.max())} at most; room {room}"
     multiply = "bf16" if dtype == torch.bfloat16 else "tf32"
-    bucket = 1 << encode.screen_config(f, k, multiply, True, False, d % 16 == 0)["LOG2_G"]
+    bucket = 1 << encode.screen_config(f, k, multiply, True, False, d, d % 16 == 0)["LOG2_G"]
     yield {
         "name": f"{title}.candidates",
         "data": data,

@@ -167,7 +167,7 @@ def encode(
         strides = seen.stride(0), W_enc.stride(0)
         aligned = all(size % 16 == 0 for size in (d, *strides))
         has = b_enc is not None, latents is not None
-        config = screen_config(n_latents, k, multiply, *has, aligned)
+        config = screen_config(n_latents, k, multiply, *has, d, aligned)
         n_tiles = triton.cdiv(n_latents, config["BN"])
         n_buckets = n_tiles * config["BN"] >> config["LOG2_G"]
         keys = torch.empty(len(x), 3, n_buckets, dtype=torch.int32, device=x.device)
@@ -178,27 +178,34 @@ def encode(
         return best(x, W_enc, b_enc, latents, places, counts, k, n_latents)
 
 
+WIDE_FROM = 1024  # elements of a row
 MAX_BUCKETS = 8192  # of a token, beyond which buckets grow
 
 
 def screen_config(
-    n_latents: int, k: int, multiply: str, has_bias: bool, has_latents: bool, aligned: bool
+    f: int, k: int, multiply: str, has_bias: bool, has_latents: bool, d: int, aligned: bool
 ) -> dict[str, Any]:
-    """Buckets so large that a token has 2k of them or more, and MAX_BUCKETS at most."""
+    """Buckets so large that a token has 2k of them or more, and MAX_BUCKETS at most.
+
+    Two small tiles share an SM, so that the end of one hides behind the other's products. Where
+    rows are long there is little to hide, and a wide tile, for which an MI300 has too little shared
+    memory, reads a third less from L2.
+    """
     log2_g = 2
-    while log2_g < 5 and n_latents >> (log2_g + 1) >= 2 * k:
+    while log2_g < 5 and f >> (log2_g + 1) >= 2 * k:
         log2_g += 1
-    while log2_g < 7 and n_latents >> log2_g > MAX_BUCKETS:
+    while log2_g < 7 and f >> log2_g > MAX_BUCKETS:
         log2_g += 1
     # Gathered or unaligned rows need registers for addresses, sums of products of fp32 for factors.
     plain = aligned and not has_latents and multiply != "ieee"
+    wide = plain and d >= WIDE_FROM and torch.version.hip is None
     return {
         "HAS_BIAS": has_bias,
         "HAS_LATENTS": has_latents,
         "MULTIPLY": multiply,
         "UPCAST": triton.knobs.runtime.interpret,
         "BM": 128 if plain else 64,
-        "BN": 128,
+        "BN": 256 if wide else 128,
         "BK": (64 if multiply == "bf16" else 32) >> (not aligned),
         "LOG2_G": log2_g,
         "GROUP": 8,
@@ -211,26 +218,28 @@ def variants() -> dict[str, Variant]:
     """What the launcher ships, by name; ragged: no size or stride is a multiple of 16."""
     found = {}
     for w, multiply in (("bf16", "bf16"), ("fp32", "tf32"), ("fp32", "ieee")):
-        for log2_g, f, k in ((5, 131072, 64), (7, 1 << 20, 64), (2, 4096, 512)):
+        for f, k in ((131072, 64), (1 << 20, 64), (4096, 512)):
             for bias, latents in ((False, False), (True, False), (True, True)):
-                for ragged, i32 in (("", "i32:16"), ("-ragged", "i32")):
-                    config = screen_config(f, k, multiply, bias, latents, not ragged)
-                    assert config["LOG2_G"] == log2_g
-                    b = "*fp32:16" if bias else "None"
-                    ids = "*i32:16" if latents else "None"
-                    name = f"{multiply}-{1 << log2_g}" + "-bias" * bias + "-latents" * latents
-                    found[name + ragged] = Variant(
-                        _screen_kernel,
-                        f"*{w}:16, *{w}:16, {b}, {ids}, *fp32:16, *fp32:16, *i32:16"
-                        + f", {i32}" * 6,
-                        config | {"UPCAST": False},
+                for kind, d, i32 in (
+                    ("", 768, "i32:16"),
+                    ("-wide", 4096, "i32:16"),
+                    ("-ragged", 3, "i32"),
+                ):
+                    config = screen_config(f, k, multiply, bias, latents, d, kind != "-ragged")
+                    if kind == "-wide" and config["BN"] == 128:
+                        continue
+                    b, ids = "*fp32:16" if bias else "None", "*i32:16" if latents else "None"
+                    pointers = f"*{w}:16, *{w}:16, {b}, {ids}, *fp32:16, *fp32:16, *i32:16"
+                    name = f"{multiply}-{1 << config['LOG2_G']}" + "-bias" * bias
+                    found[name + "-latents" * latents + kind] = Variant(
+                        _screen_kernel, pointers + f", {i32}" * 6, config | {"UPCAST": False}
                     )
     return found
 
 
 def encode_cost(n: int, d: int, f: int, k: int, itemsize: int, scored: float) -> dict[str, Cost]:
     """By stage: x (n, d) fp32, f latents of itemsize, `scored` candidates a token on average."""
-    config = screen_config(f, k, "bf16" if itemsize == 2 else "tf32", True, False, d % 16 == 0)
+    config = screen_config(f, k, "bf16" if itemsize == 2 else "tf32", True, False, d, d % 16 == 0)
     f_tiles, n_tiles = triton.cdiv(f, config["BN"]), triton.cdiv(n, config["BM"])
     buckets, pairs = n * f_tiles * config["BN"] >> config["LOG2_G"], round(n * scored)
     tiles = n_tiles * f_tiles * (config["BM"] + config["BN"]) * d * itemsize

@@ -145,14 +145,14 @@ def room_for(k: int) -> int:
 def select_config(
     n_buckets: int, has_bias: bool, has_latents: bool, bn: int, log2_g: int
 ) -> dict[str, Any]:
-    block = min(4096, triton.next_power_of_2(n_buckets))
+    block = min(2048, triton.next_power_of_2(n_buckets))
     return {
         "HAS_BIAS": has_bias,
         "HAS_LATENTS": has_latents,
         "BUCKETS": bn >> log2_g,
         "G": 1 << log2_g,
         "BLOCK": block,
-        "num_warps": max(2, min(16, block // 256)),
+        "num_warps": max(2, min(8, block // 256)),
     }
 
 

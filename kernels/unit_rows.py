@@ -65,8 +65,8 @@ def _project_kernel(
         square = tl.fma(r, r, square)
     total = tl.sum(add_neighbours(square[None, :], LOG2_LANES), 0)
     if total > 0:
-        along = tl.sum(add_neighbours(along[None, :], LOG2_LANES), 0)
-        coef = tl.div_rn(along, total) * g_inverse
+        product = tl.sum(add_neighbours(along[None, :], LOG2_LANES), 0)
+        coef = tl.div_rn(product, total) * g_inverse
         for d0 in range(0, D, LANES):
             d = d0 + tl.arange(0, LANES)
             g = tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)

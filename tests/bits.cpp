@@ -76,9 +76,10 @@ int main() {
       encoded.add(vals);
       encoded.add(idx);
       print("encode", encoded);
-      const DecodeArgs codes{{vals.data(), idx.data(), nullptr, n, k}, weights, nullptr, d, threads};
-      const std::vector<double> sse{isa::decode_error(
-          codes, {x.data(), d, false}, {error.data(), xhat.data(), dvals.data()})};
+      const DecodeArgs codes{
+          {vals.data(), idx.data(), nullptr, n, k}, weights, nullptr, d, threads};
+      const std::vector<double> sse{isa::decode_error(codes, {x.data(), d, false},
+                                                      {error.data(), xhat.data(), dvals.data()})};
       decoded.add(sse);
       decoded.add(error);
       decoded.add(xhat);
@@ -89,10 +90,14 @@ int main() {
 
   std::vector<int64_t> latent_ptr(f + 1);
   std::vector<int32_t> token(n * k), entry(n * k), last(f, 1);
-  isa::build_index({{nullptr, idx.data(), nullptr, n, k}, f, latent_ptr.data(), token.data(),
-                    entry.data(), threads});
-  const Segment pairs{latent_ptr.data(), token.data(), entry.data(), vals.data(),
-                      {x.data(), d, false}};
+  isa::build_index({{nullptr, idx.data(), nullptr, n, k},
+                    f,
+                    latent_ptr.data(),
+                    token.data(),
+                    entry.data(),
+                    threads});
+  const Segment pairs{
+      latent_ptr.data(), token.data(), entry.data(), vals.data(), {x.data(), d, false}};
   std::vector<float> rows(f * d), sums(f), columns(d), m(f * d), v(f * d, 1e-3f);
   isa::row_gradients({pairs, f, d, {rows.data(), d, false}, sums.data(), threads});
   isa::column_sum({w.data(), d, false}, sums.data(), f, d, columns.data(), threads);
