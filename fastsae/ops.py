@@ -6,7 +6,7 @@ a second backward raises. Each backend call is a registered custom op with a fak
 torch.compile traces through.
 
 Backends are "reference" (torch, any device and dtype), "cpu" (C++; float32 and bfloat16 on a CPU)
-and "triton" (float32, bfloat16 and float16 on a GPU). `backend=None` takes "cpu" or "triton" where
+and "triton" (float32 and bfloat16 on a GPU). `backend=None` takes "cpu" or "triton" where
 they can and else "reference".
 """
 
@@ -26,7 +26,7 @@ from fastsae import cpu, reference
 BACKENDS = ("reference", "cpu", "triton")
 Precision = Literal["screened", "fp32", "bf16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def choose_backend(*tensors: Tensor | None) -> str:

@@ -42,7 +42,8 @@ class Adam(torch.optim.Optimizer):
     how near both are, so that small updates are not lost on average; backend "triton" only.
 
     With backend "triton" nothing here waits for the device: the step count is a tensor there, and
-    a gradient that is not finite makes a step that writes nothing, instead of an exception.
+    with `clip` a gradient that is not finite makes a step that writes nothing, instead of an
+    exception.
     """
 
     def __init__(
@@ -143,15 +144,27 @@ class Adam(torch.optim.Optimizer):
         self.receiving = False
         return result
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("Adam: expected state_dict and load_state_dict, got a copy or a pickle")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor keeps its own dtype: moments stay float32."""
+        """As torch's, but moments get this optimiser's dtype, not the parameter's."""
         super().load_state_dict(state_dict)
         own = (p for group in self.param_groups for p in group["params"])
         theirs = (i for group in state_dict["param_groups"] for i in group["params"])
         for p, i in zip(own, theirs, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.detach().clone().to(p.device)
+                if name.startswith("exp_avg"):
+                    value = value.detach().to(p.device, self._moment_dtype(p), copy=True)
+                elif name == "step":
+                    on_device = self._on_device(p)
+                    value = torch.tensor(int(value), device=p.device) if on_device else int(value)
+                elif isinstance(value, Tensor):
+                    value = value.detach().to(p.device, copy=True)
+                self.state[p][name] = value
+
+    def _moment_dtype(self, p: Tensor) -> torch.dtype:
+        return torch.bfloat16 if self.bf16_state else torch.promote_types(p.dtype, torch.float32)
 
     def _on_device(self, p: Tensor) -> bool:
         return (self.backend or ops.choose_backend(p)) == "triton"
@@ -172,7 +185,8 @@ class Adam(torch.optim.Optimizer):
             else:
                 raise FloatingPointError(f"gradient: expected a finite norm, got {norm}")
         if valid is not None and on_device:
-            scale = torch.as_tensor(scale, dtype=torch.float32, device=valid.device)
+            if not isinstance(scale, Tensor):  # a fill: a copy would wait
+                scale = torch.full((), scale, device=valid.device)
             scale = scale.where(valid, math.nan)
         return scale
 
@@ -183,8 +197,7 @@ class Adam(torch.optim.Optimizer):
         on_device = self._on_device(p)
         if self.bf16_state and not on_device:
             raise ValueError("bf16_state: expected backend 'triton', which rounds stochastically")
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        dtype = torch.bfloat16 if self.bf16_state else dtype
+        dtype = self._moment_dtype(p)
         # On the device a step that writes nothing must not count, so the count is there too.
         state["step"] = torch.zeros((), dtype=torch.int64, device=p.device) if on_device else 0
         if group["betas"][0]:

@@ -203,7 +203,7 @@ def adam_(
     n_slices = triton.cdiv(rows.shape[1], 1 << config["LOG2_D"])
     constants = torch.empty(5, dtype=torch.float64, device=p.device)
     logs = _log(beta1), _log(beta2)
-    before = last if n_slices == 1 else last.clone()  # one slice would write it, others read it
+    before = last.clone()  # a warp, or a slice, would write what another has still to read
     with torch.cuda.device_of(p):
         _constants_kernel[1,](*scalars, *logs, float(weight_decay), constants, **OPTIONS)
         _adam_kernel[len(rows), n_slices](

@@ -73,3 +73,10 @@ def expect_decoder(
     if b_dec is not None:
         expect("b_dec", b_dec, (W_dec.shape[1],), FLOATS, W_dec)
     return found
+
+
+def has_tf32(x: Tensor) -> bool:
+    """Whether Triton multiplies in tf32 on x's device: of AMD's, on an MI300 alone."""
+    if torch.version.hip is None or not x.is_cuda:
+        return True
+    return "gfx942" in torch.cuda.get_device_properties(x.device).gcnArchName

@@ -24,7 +24,8 @@ def encode_dense(
     kept = min(k, len(W))
     step = max(1, CHUNK_ELEMENTS // max(1, len(W)))
     for n in range(0, len(x) if kept else 0, step):
-        h = x[n : n + step].float() @ W.T
+        with torch.autocast(x.device.type, enabled=False):  # it would round the product to 16 bits
+            h = x[n : n + step].float() @ W.T
         h = h if b is None else h + b
         # One integer for the order (value descending, latent ascending): equal values have no
         # order of their own in topk.

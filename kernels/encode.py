@@ -15,11 +15,12 @@ Screen   A tile of tensor-core products t, in bf16 where W_enc is bf16 and in tf
 Select   kernels/select.py finds the exact k largest from these; what it may not decide it computes.
          At the end of all is the fixed-order dot product of csrc/simd.h, so results have the same
          bits as the CPU's, and depend on neither N, grid, tile, target nor screen.
-Latents  Tile j of T holds the latents j, j + T, j + 2T, …, so that neighbours, alike in how often
-         they fire where a dictionary is sorted, are spread over all buckets.
+Latents  Tile j of T holds the latents j, j + T, j + 2T, …, so that neighbours, which fire alike
+         where a dictionary is sorted, are spread over all buckets.
 Margin   Products of two bf16 or tf32 numbers are exact; a sum of D is taken to err by less than
-         (D/4 + 64)·2⁻²³·‖x‖‖w‖: tensor cores add 4 to 16 products at once, and truncate with bits
-         to spare (Fasi, Higham, Mikaitis, Pranesh 2021). Rounding x to bf16 adds ‖x - x̃‖·‖w‖,
+         (5D/8 + 64)·2⁻²³·‖x‖‖w‖: half a unit for each product where they are added one by one;
+         tensor cores add 4 to 16 at once and truncate, with a bit or more to spare (Fasi, Higham,
+         Mikaitis, Pranesh 2021). Rounding x to bf16 adds ‖x - x̃‖·‖w‖,
          cutting both to tf32 2⁻⁹·‖x‖‖w‖.
 Odd      Where k > 1024 or F < 8k nearly every bucket would overflow: kernels/dense.py.
 Not finite  A token with a non-finite pre-activation (or input) has NaN as its first value, so that
@@ -35,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae.kernels.checks import FLOATS, Cost, Variant, expect
+from fastsae.kernels.checks import FLOATS, Cost, Variant, expect, has_tf32
 from fastsae.kernels.dense import encode_dense
 from fastsae.kernels.norms import norms
 from fastsae.kernels.score import MAX_K, best
@@ -97,7 +98,7 @@ def _screen_kernel(
         W = tl.load(W_ptrs + d0, mask=in_row & there[:, None], other=0.0)
         if MULTIPLY != "bf16" or UPCAST:
             x, W = x.to(tl.float32), W.to(tl.float32)
-        acc = tl.dot(x, tl.trans(W), acc, input_precision="ieee" if MULTIPLY == "ieee" else "tf32")
+        acc = tl.dot(x, tl.trans(W), acc, input_precision="tf32" if MULTIPLY == "tf32" else "ieee")
 
     norm = tl.load(norm_ptr + place, mask=there, other=0.0)
     margin = tl.load(margin_ptr + n, mask=n < N, other=0.0)
@@ -105,7 +106,7 @@ def _screen_kernel(
     if HAS_BIAS:
         b = tl.load(bias_ptr + latent, mask=there, other=0.0).to(tl.float32)
         u += (b + tl.abs(b) * 2.0**-21)[None, :]
-    u = tl.where(u == u, u * (1 + G * 2.0**-22), float("inf"))  # what is not a number is kept
+    u = tl.where(tl.abs(u) < float("inf"), u * (1 + G * 2.0**-22), float("inf"))  # kept
     u = tl.where((u > 0) & there[None, :], u, 0.0)
     slot = (G - 1 - tl.arange(0, BN) // BUCKETS).to(tl.int32)  # of equals the lower latent first
     m1 = (u.to(tl.int32, bitcast=True) & -G) | tl.where(u > 0, slot[None, :], 0)
@@ -155,12 +156,13 @@ def encode(
         return encode_dense(x, W_enc, b_enc, k, latents)
     with torch.cuda.device_of(x):
         multiply = "bf16" if W_enc.dtype == torch.bfloat16 else "tf32"
-        multiply = "ieee" if precision == "fp32" and multiply == "tf32" else multiply
+        if multiply == "tf32" and (precision == "fp32" or not has_tf32(x)):
+            multiply = "ieee"
         d = x.shape[1]
         norm, _ = norms(W_enc, latents)
         screened = x.bfloat16() if multiply == "bf16" and x.dtype != torch.bfloat16 else None
         x_norm, lost = norms(x, None, screened)
-        slope = (d / 4 + 64 + d / 64 + 8) * 2.0**-23 + (2.0**-9 if multiply == "tf32" else 0)
+        slope = (5 * d / 8 + 64 + d / 64 + 8) * 2.0**-23 + (2.0**-9 if multiply == "tf32" else 0)
         margin = (x_norm * slope + (0 if lost is None else lost)) * (1 + 2.0**-10)
 
         seen = x if screened is None else screened

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -297,3 +298,10 @@ def test_a_graph_from_before_the_step_notices_it(backend: str) -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_copies_are_refused():
+    sae = SAE(SAEConfig(8, 40, TopK(3)))
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="expected state_dict"):
+            copied(Adam(sae.parameters()))

@@ -141,6 +141,25 @@ def test_overflowing_value(run):
 
 
 @run_all
+def test_value_that_overflows_below(run):
+    case = Case(randn(2, 8), randn(100, 8, seed=1), None, 4)
+    case.x[0, 0], case.W_enc[5, 0] = 1e20, -1e20
+    vals, idx = take(run, case)
+    assert vals[0, 0].isnan() and idx[0, 0] == 0
+    assert vals[1].isfinite().all()
+
+
+def test_autocast_leaves_torchs_product_alone():
+    x, W = randn(4, 40), randn(20, 40, seed=1)
+    for b in (None, randn(20, seed=2)):
+        expected = encode.encode(x, W, b, 6)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = encode.encode(x, W, b, 6)
+        assert_bits(got[0], expected[0])
+        assert_bits(got[1], expected[1])
+
+
+@run_all
 def test_ties_by_torch(run):
     case = Case(randint(3, 5, 6), randint(3, 20, 6), None, 10)
     got, expected = take(run, case), fixed_order_encode(*case)

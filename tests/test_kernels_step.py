@@ -86,6 +86,13 @@ def bf16_losses(device: str) -> list[float]:
         adam.step()
         losses.append(float(loss.detach()))
     assert all(s["exp_avg_sq"].dtype == torch.bfloat16 for s in adam.state.values())
+    wide = Adam(sae.parameters(), lr=1e-2, unit_rows=[sae.W_dec], backend="triton")
+    wide.load_state_dict(adam.state_dict())
+    for p in sae.parameters():
+        state, loaded = adam.state[p], wide.state[p]
+        assert loaded["exp_avg"].dtype == torch.float32
+        assert torch.equal(loaded["exp_avg"], state["exp_avg"].float())
+        assert loaded["step"].item() == 6 and loaded["step"].device == p.device
     return losses
 
 
