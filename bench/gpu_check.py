@@ -57,7 +57,7 @@ from fastsae.kernels import rows as row_kernels
 from fastsae.kernels.checks import Cost
 from fastsae.kernels.norms import norms
 from fastsae.kernels.select import candidates, room_for
-from fastsae.ops import RowGradient
+from fastsae.ops import Precision, RowGradient
 from fastsae.optim import Adam
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,7 +205,7 @@ def encode_rows(
 ) -> Iterator[Row]:
     """Whole and by stage; the stages are told apart where `encode` calls the next one."""
     n, d, f, k = p.shape
-    x, W = p.x(data), p.weights(data, dtype)
+    x, W = p.x(data, dtype), p.weights(data, dtype)
     b = 0.01 * p.normal(f, seed=5).to(dtype)
     error = encode_error(x, W, b, k)
     timed = clock.time(lambda: encode.encode(x, W, b, k))
@@ -371,7 +371,9 @@ def step_part(name: str) -> Callable[[Problem, Clock], Iterator[Row]]:
         _, d, f, k = p.shape
         # Made small, then given its weights: its own start is drawn on the CPU.
         config = SAEConfig(d, k, TopK(k), dtype=dtype, dead_after=10**12)
-        sae = SAE(config, device=p.device, backend="triton")
+        # Tokens lose nothing in bf16 weights' own product: a narrow margin, few candidates.
+        precision: Precision = "bf16" if dtype == "bfloat16" else "screened"
+        sae = SAE(config, device=p.device, precision=precision, backend="triton")
         sae.config = replace(config, d_sae=f)
         sae.W_enc = Parameter(p.weights(dtype=sae.W_enc.dtype))
         sae.W_dec = Parameter(sae.W_enc.detach().clone())
