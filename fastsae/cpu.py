@@ -191,10 +191,10 @@ def _adam_inputs(
     p: Tensor, dense: Tensor | None, gradients: list[RowGradient]
 ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, ...]]]:
     matrix = as_rows(p.detach())
-    segments: list[tuple[Tensor, ...]] = [
-        (*inverse_index(g.idx, len(matrix), g.row_ptr), g.coef.contiguous().view(-1), _rows(g.src))
-        for g in gradients
-    ]
+    segments: list[tuple[Tensor, ...]] = []
+    for g in gradients:
+        index = g.inverse or inverse_index(g.idx, len(matrix), g.row_ptr)
+        segments.append((*index, g.coef.contiguous().view(-1), _rows(g.src)))
     return matrix, None if dense is None else dense.contiguous().view(matrix.shape), segments
 
 

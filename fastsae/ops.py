@@ -194,6 +194,8 @@ class RowGradient(NamedTuple):
     src: Tensor
     """(N, D)."""
     row_ptr: Tensor | None
+    inverse: tuple[Tensor, Tensor, Tensor] | None = None
+    """`inverse_index` of idx, where it is known."""
 
 
 class RowGradientReceiver(Protocol):
@@ -501,6 +503,18 @@ def normalize_rows_(W_dec: Tensor, *, backend: str | None = None) -> None:
     """Scales each row of W_dec (F, D) to norm 1, in place; a row of zeros stays."""
     _check(W_dec, "W_dec", (None, None))
     _kernel(_resolve(backend, W_dec), "unit_rows", "normalize_rows_")(W_dec)
+
+
+def inverse_index(
+    idx: Tensor, n_latents: int, row_ptr: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each latent its pairs, as :func:`fastsae.reference.inverse_index`.
+
+    idx is that of `decode`, int32. On backends "cpu" and "triton", token and entry may end in room
+    that is not used.
+    """
+    backend = backend or choose_backend(idx.new_empty(0, dtype=torch.float32))
+    return _kernel(backend, "index", "inverse_index")(idx, n_latents, row_ptr)
 
 
 def gradient_square_norm(

@@ -89,6 +89,7 @@ class Adam(torch.optim.Optimizer):
                 ops.collect_row_gradients(p, self)
         self.receiving = False
         self.row_gradients: dict[int, list[ops.RowGradient]] = {}
+        self.indices: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     def receive(self, p: Tensor, gradient: ops.RowGradient) -> None:
         """Takes a share of p's gradient; called by the ops during backward."""
@@ -96,7 +97,7 @@ class Adam(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients; from here until `step`, backward leaves row gradients here."""
-        self.row_gradients.clear()
+        self._forget_row_gradients()
         self.receiving = True
         super().zero_grad(set_to_none)
 
@@ -119,7 +120,21 @@ class Adam(torch.optim.Optimizer):
         return p.grad is not None or id(p) in self.row_gradients
 
     def _gradients(self, p: Tensor) -> tuple[Tensor, Tensor | None, list[ops.RowGradient], bool]:
-        return p, p.grad, self.row_gradients.get(id(p), []), id(p) in self.unit_rows
+        gradients = [self._indexed(g, len(p)) for g in self.row_gradients.get(id(p), [])]
+        return p, p.grad, gradients, id(p) in self.unit_rows
+
+    def _indexed(self, g: ops.RowGradient, n_latents: int) -> ops.RowGradient:
+        """g with its index, which the gradients of W_enc and W_dec from the same codes share."""
+        if self.backend == "reference":
+            return g
+        key = (n_latents, *((t.data_ptr(), t.shape) for t in (g.idx, g.row_ptr) if t is not None))
+        if key not in self.indices:
+            self.indices[key] = ops.inverse_index(g.idx, n_latents, g.row_ptr, backend=self.backend)
+        return g._replace(inverse=self.indices[key])
+
+    def _forget_row_gradients(self) -> None:
+        self.row_gradients.clear()
+        self.indices.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, valid: Tensor | None = None) -> Any:
@@ -140,7 +155,7 @@ class Adam(torch.optim.Optimizer):
             for p in group["params"]:
                 if scale is not None and self._has_gradient(p):
                     self._update(p, group, scale)
-        self.row_gradients.clear()
+        self._forget_row_gradients()
         self.receiving = False
         return result
 

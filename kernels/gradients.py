@@ -158,7 +158,8 @@ def row_inputs(
     if gradients:
         coef, idx, src, row_ptr = _together(gradients)
         expect("src", src, ("N", d), FLOATS, p, any_stride=True)
-        pairs = segments(coef, idx, src, inverse_index(idx, n_rows, row_ptr), row_ptr)
+        known = gradients[0].inverse if len(gradients) == 1 else None
+        pairs = segments(coef, idx, src, known or inverse_index(idx, n_rows, row_ptr), row_ptr)
         src_strides = src.stride()
     return rows, (dense, *pairs, d, *dense_strides, *src_strides), row_config(d, project)
 
@@ -166,10 +167,10 @@ def row_inputs(
 def _together(gradients: "list[RowGradient]") -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Several gradients as one: their pairs and their tokens in a row."""
     if len(gradients) == 1:
-        return gradients[0]
+        return gradients[0][:4]
     ends: list[Tensor] = []
     n_pairs = 0
-    for _, idx, src, row_ptr in gradients:
+    for _, idx, src, row_ptr, _ in gradients:
         if row_ptr is None:
             row_ptr = torch.arange(len(src) + 1, device=idx.device) * idx.shape[1]
         ends.append(row_ptr[1 if ends else 0 :] + n_pairs)

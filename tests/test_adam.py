@@ -305,3 +305,21 @@ def test_copies_are_refused():
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="expected state_dict"):
             copied(Adam(sae.parameters()))
+
+
+def test_weights_share_the_index_of_their_codes(monkeypatch):
+    built = []
+
+    def counted(idx, *args, **kwargs):
+        built.append(idx)
+        return index(idx, *args, **kwargs)
+
+    index = ops.inverse_index
+    monkeypatch.setattr(ops, "inverse_index", counted)
+    sae = make()
+    optimizer = fused(sae, clip=1.0)
+    for step in (1, 2):
+        optimizer.zero_grad()
+        sae.losses(batches(1)[0]).loss.backward()
+        optimizer.step()
+        assert len(built) == step  # for W_enc, W_dec, the norm and the update

@@ -75,7 +75,8 @@ class State:
 
 
 def unflat(tensors: tuple[Tensor | None, ...]) -> list[RowGradient]:
-    return [RowGradient(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
+    step = len(RowGradient._fields)
+    return [RowGradient(*tensors[i : i + step]) for i in range(0, len(tensors), step)]
 
 
 def stepped(p, dense, m, v, last, lr, scale, step, *flat, project, **hyper: Any) -> Tensor:
