@@ -200,7 +200,7 @@ def screen_config(
         log2_g += 1
     # Gathered or unaligned rows need registers for addresses, sums of products of fp32 for factors.
     plain = aligned and not has_latents and multiply != "ieee"
-    wide = plain and d >= WIDE_FROM and torch.version.hip is None
+    wide = plain and d >= WIDE_FROM and log2_g >= 5 and torch.version.hip is None
     return {
         "HAS_BIAS": has_bias,
         "HAS_LATENTS": has_latents,
