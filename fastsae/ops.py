@@ -506,14 +506,13 @@ def normalize_rows_(W_dec: Tensor, *, backend: str | None = None) -> None:
 
 
 def inverse_index(
-    idx: Tensor, n_latents: int, row_ptr: Tensor | None = None, *, backend: str | None = None
+    idx: Tensor, n_latents: int, row_ptr: Tensor | None = None, *, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each latent its pairs, as :func:`fastsae.reference.inverse_index`.
 
     idx is that of `decode`, int32. On backends "cpu" and "triton", token and entry may end in room
     that is not used.
     """
-    backend = backend or choose_backend(idx.new_empty(0, dtype=torch.float32))
     return _kernel(backend, "index", "inverse_index")(idx, n_latents, row_ptr)
 
 

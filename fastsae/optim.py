@@ -120,16 +120,18 @@ class Adam(torch.optim.Optimizer):
         return p.grad is not None or id(p) in self.row_gradients
 
     def _gradients(self, p: Tensor) -> tuple[Tensor, Tensor | None, list[ops.RowGradient], bool]:
-        gradients = [self._indexed(g, len(p)) for g in self.row_gradients.get(id(p), [])]
+        gradients = [self._indexed(g, p) for g in self.row_gradients.get(id(p), [])]
         return p, p.grad, gradients, id(p) in self.unit_rows
 
-    def _indexed(self, g: ops.RowGradient, n_latents: int) -> ops.RowGradient:
+    def _indexed(self, g: ops.RowGradient, p: Tensor) -> ops.RowGradient:
         """g with its index, which the gradients of W_enc and W_dec from the same codes share."""
-        if self.backend == "reference":
+        backend = self._backend(p)
+        if backend == "reference":
             return g
+        n_latents = len(p)
         key = (n_latents, *((t.data_ptr(), t.shape) for t in (g.idx, g.row_ptr) if t is not None))
         if key not in self.indices:
-            self.indices[key] = ops.inverse_index(g.idx, n_latents, g.row_ptr, backend=self.backend)
+            self.indices[key] = ops.inverse_index(g.idx, n_latents, g.row_ptr, backend=backend)
         return g._replace(inverse=self.indices[key])
 
     def _forget_row_gradients(self) -> None:
@@ -181,8 +183,11 @@ class Adam(torch.optim.Optimizer):
     def _moment_dtype(self, p: Tensor) -> torch.dtype:
         return torch.bfloat16 if self.bf16_state else torch.promote_types(p.dtype, torch.float32)
 
+    def _backend(self, p: Tensor) -> str:
+        return self.backend or ops.choose_backend(p)
+
     def _on_device(self, p: Tensor) -> bool:
-        return (self.backend or ops.choose_backend(p)) == "triton"
+        return self._backend(p) == "triton"
 
     def _scale(self, valid: Tensor | None) -> float | Tensor | None:
         """What the gradient is multiplied with; None, or NaN on the device: do not update."""

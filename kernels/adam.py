@@ -41,7 +41,6 @@ from torch.autograd.graph import increment_version
 
 from fastsae.kernels import gradients as _gradients
 from fastsae.kernels.checks import ANY_FLOAT, OPTIONS, Cost, Variant, expect
-from fastsae.kernels.gradients import gradient_square_norm as gradient_square_norm
 from fastsae.kernels.gradients import is_touched, row_gradient, scaled_row
 
 if TYPE_CHECKING:

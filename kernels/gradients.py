@@ -31,7 +31,7 @@ from fastsae.kernels.checks import FLOATS, OPTIONS, Cost, Variant, expect
 from fastsae.kernels.decode import SLICE_BYTES
 from fastsae.kernels.index import inverse_index
 from fastsae.kernels.rows import CHUNK, Segments, segments, sum_pairs
-from fastsae.kernels.sums import add_neighbours, vector_sum
+from fastsae.kernels.sums import add_neighbours, scale_to_one, vector_sum
 from fastsae.reference import as_rows
 
 if TYPE_CHECKING:
@@ -44,9 +44,8 @@ MAX_PROJECTED = 16384
 @triton.jit
 def scaled_row(r, LOG2_D: tl.constexpr):
     """r times the power of two that brings its largest |element| near 1, and ‖that‖²."""
-    exponent = tl.max(tl.abs(r), axis=0).to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(254 - exponent, 1), 253)
-    r = r * (exponent << 23).to(tl.float32, bitcast=True)
+    scale, _ = scale_to_one(tl.max(tl.abs(r), axis=0))
+    r = r * scale
     return r, tl.sum(add_neighbours((r * r)[None, :], LOG2_D), axis=0)
 
 

@@ -28,11 +28,17 @@ from fastsae.kernels.checks import Variant
 
 
 @triton.jit
+def _place(bucket, slot, n_tiles, BUCKETS: tl.constexpr):
+    """Which latent: the tile of kernels/encode.py that the bucket is in, and its column there."""
+    return bucket // BUCKETS + n_tiles * (slot * BUCKETS + bucket % BUCKETS)
+
+
+@triton.jit
 def _unpack(keys, bucket, n_tiles, BUCKETS: tl.constexpr, G: tl.constexpr):
     """Upper bounds (rounded down by less than G·2⁻²³ of them) and places of packed keys."""
     slot = G - 1 - (keys & (G - 1))
-    place = bucket // BUCKETS + n_tiles * (slot * BUCKETS + bucket % BUCKETS)
-    return (keys & -G).to(tl.float32, bitcast=True), place
+    upper = (keys & -G).to(tl.float32, bitcast=True)
+    return upper, _place(bucket, slot, n_tiles, BUCKETS)
 
 
 @triton.jit
@@ -104,7 +110,7 @@ def _select_kernel(
         tl.store(places_ptr + at + 1, place2, mask=(kept > 1) & (flagged == 0) & (at + 1 < ROOM))
         if tl.max(flagged.to(tl.int32), 0) > 0:
             for slot in range(G):
-                place = bucket // BUCKETS + n_tiles * (slot * BUCKETS + bucket % BUCKETS)
+                place = _place(bucket, slot, n_tiles, BUCKETS)
                 place = tl.where(place < n_latents, place, -1)
                 tl.store(places_ptr + at + slot, place, mask=flagged & (at + slot < ROOM))
         count += tl.sum(entries, 0)

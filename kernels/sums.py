@@ -32,6 +32,17 @@ def add_neighbours(x, LOG2: tl.constexpr):
 
 
 @triton.jit
+def scale_to_one(largest):
+    """The power of two that brings `largest` near 1, so that no square overflows or vanishes, and
+    its inverse."""
+    # By the bits of the exponent. Clamped, so that both are normal numbers.
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(254 - exponent, 1), 253)
+    scale, inverse = exponent << 23, (254 - exponent) << 23
+    return scale.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _vector_sum_kernel(
     x_ptr,  # (R) fp32
     out_ptr,  # (out) (parts) fp32

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastsae.kernels.checks import FLOATS, OPTIONS, Cost, Variant, expect
-from fastsae.kernels.sums import add_neighbours
+from fastsae.kernels.sums import add_neighbours, scale_to_one
 
 
 @triton.jit
@@ -33,11 +33,7 @@ def _scales(row_ptr, D, LANES: tl.constexpr):
         d = d0 + tl.arange(0, LANES)
         row = tl.load(row_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(row))
-    # By the bits of the exponent. Clamped, so that both are normal numbers.
-    exponent = tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(254 - exponent, 1), 253)
-    scale, inverse = exponent << 23, (254 - exponent) << 23
-    return scale.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+    return scale_to_one(tl.max(largest, axis=0))
 
 
 @triton.jit

@@ -86,7 +86,7 @@ def stepped(p, dense, m, v, last, lr, scale, step, *flat, project, **hyper: Any)
 
 
 def normed(p, dense, *flat, project) -> Tensor:
-    found = adam.gradient_square_norm(p, dense, unflat(flat), project)
+    found = gradients.gradient_square_norm(p, dense, unflat(flat), project)
     assert found.shape == () and found.dtype == torch.float32 and found.device == p.device
     return found
 
@@ -361,7 +361,7 @@ def test_nothing_waits_for_the_device():
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        square = adam.gradient_square_norm(p, None, grads, True)
+        square = gradients.gradient_square_norm(p, None, grads, True)
         hyper = {**HYPER, "lr": 0.01, "scale": scale / square.sqrt(), "step": step}
         adam.adam_(p, None, grads, True, m, v, last, **hyper)
     finally:
@@ -402,7 +402,7 @@ def test_says_what_is_wrong(change, error, message):
 def test_projected_rows_have_a_limit():
     p = torch.zeros(1, 16385)
     with pytest.raises(ValueError, match="rows of at most 16384 with project, got 16385"):
-        adam.gradient_square_norm(p, p, [], True)
+        gradients.gradient_square_norm(p, p, [], True)
 
 
 @pytest.mark.parametrize(
