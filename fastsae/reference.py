@@ -86,6 +86,47 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
 
+class TooManyPairs(RuntimeError):
+    """Raised by `encode_threshold` where more pairs than its limit pass."""
+
+
+def _pre_activations(
+    x: Tensor, W: Tensor, b: Tensor | None, precision: str, dtype: torch.dtype
+) -> Tensor:
+    """h = x Wᵀ + b (N, rows of W). ValueError where an input or a value of h is not finite."""
+    if precision == "bf16":
+        x, W = x.bfloat16(), W.bfloat16()
+    x, W = x.to(dtype), W.to(dtype)
+    _check_finite(x, "x")
+    _check_finite(W, "W_enc")
+    _check_finite(b, "b_enc")
+    h = _matmul(x, W.T) if b is None else _matmul(x, W.T) + b.to(dtype)
+    _check_finite(h, "pre-activations")
+    return h
+
+
+def _scores(
+    h: Tensor,
+    scale: Tensor | None,
+    absolute: bool,
+    guide: Tensor | None = None,
+    W_dec: Tensor | None = None,
+) -> Tensor:
+    """What the selection compares: h or |h|, times scale, times 1 + |guide W_decᵀ|."""
+    score = h.detach().abs() if absolute else h.detach()
+    if scale is not None:
+        _check_finite(scale, "scale")
+        score = score * scale.to(h.dtype)
+    if guide is not None and W_dec is not None:
+        _check_finite(guide, "guide")
+        score = score * (1 + _matmul(guide.to(h.dtype), W_dec.detach().to(h.dtype).T).abs())
+    return score
+
+
+def _dtype(x: Tensor, W_enc: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, W_enc.dtype), torch.float32)
+
+
 def encode(
     x: Tensor,
     W_enc: Tensor,
@@ -93,36 +134,136 @@ def encode(
     k: int,
     latents: Tensor | None = None,
     precision: str = "screened",
+    *,
+    scale: Tensor | None = None,
+    absolute: bool = False,
+    guide: Tensor | None = None,
+    W_dec: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k largest positive pre-activations of each token: ``vals``, ``idx``, both (N, k).
+    """The k pairs of each token with the largest positive score: ``vals``, ``idx``, both (N, k).
 
     x (N, D) centred tokens, W_enc (F, D), b_enc (F) or None. ``latents`` (int32, ascending) limits
     the choice to some latents. With precision "bf16", x and W_enc are rounded to bf16 first; "fp32"
-    and "screened" are the same here. Fewer than k are kept where fewer are positive. vals are
-    float64 for float64 inputs and float32 otherwise. ValueError where an input or a pre-activation
-    is not finite.
+    and "screened" are the same here. vals are the pre-activations h, float64 for float64 inputs and
+    float32 otherwise. The score is h, or |h| with ``absolute``, times ``scale`` (F, float32, at
+    least 0; a latent of scale 0 is never selected), times 1 + |<guide[n], W_dec[i]>| with ``guide``
+    (N, D_out, float32). Fewer than k are kept where fewer scores are positive. ValueError where an
+    input or a pre-activation is not finite.
     """
-    dtype = torch.promote_types(torch.promote_types(x.dtype, W_enc.dtype), torch.float32)
+    dtype = _dtype(x, W_enc)
     if latents is not None:
         _check_latents(latents, len(W_enc))
     ids = torch.arange(len(W_enc), device=x.device) if latents is None else latents.long()
-    W, b = W_enc[ids], None if b_enc is None else b_enc[ids].to(dtype)
-    if precision == "bf16":
-        x, W = x.bfloat16(), W.bfloat16()
-    x, W = x.to(dtype), W.to(dtype)
-    _check_finite(x, "x")
-    _check_finite(W, "W_enc")
-    _check_finite(b, "b_enc")
-    h = _matmul(x, W.T) if b is None else _matmul(x, W.T) + b
-    _check_finite(h, "pre-activations")
+    h = _pre_activations(x, W_enc[ids], None if b_enc is None else b_enc[ids], precision, dtype)
+    score = _scores(
+        h,
+        None if scale is None else scale[ids],
+        absolute,
+        guide,
+        None if W_dec is None else W_dec[ids],
+    )
     kept = min(k, len(ids))
-    order = h.detach().sort(dim=1, descending=True, stable=True).indices[:, :kept]
-    vals = h.gather(1, order)
-    positive = vals > 0
-    vals = vals.where(positive, 0)
+    score, order = (t[:, :kept] for t in score.sort(dim=1, descending=True, stable=True))
+    positive = score > 0
+    vals = h.gather(1, order).where(positive, 0)
     idx = ids[order].where(positive, -1).to(torch.int32)
     pad = (0, k - kept)
     return torch.nn.functional.pad(vals, pad), torch.nn.functional.pad(idx, pad, value=-1)
+
+
+def _as_rows(h: Tensor, score: Tensor, kept: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs where ``kept`` (N, F) by token, then score descending, then latent; and padding."""
+    token, latent = kept.nonzero(as_tuple=True)
+    order = score[token, latent].sort(descending=True, stable=True).indices
+    order = order[token[order].sort(stable=True).indices]
+    token, latent = token[order], latent[order]
+    row_ptr = torch.zeros(len(h) + 1, dtype=torch.int64, device=h.device)
+    row_ptr[1:] = kept.sum(1).cumsum(0)
+    row_ptr[-1] = room
+    pad = (0, room - len(token))
+    vals = torch.nn.functional.pad(h[token, latent], pad)
+    return vals, torch.nn.functional.pad(latent.to(torch.int32), pad, value=-1), row_ptr
+
+
+def encode_batch(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    budget: int,
+    precision: str = "screened",
+    *,
+    scale: Tensor | None = None,
+    absolute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``budget`` pairs of the whole batch with the largest positive score, as rows of tokens.
+
+    vals, idx (room) and row_ptr (N+1), room = min(budget, N·F). Arguments and score as in
+    :func:`encode`; equal scores by token, then by latent, ascending. Where fewer are positive, the
+    last token's row ends in padding, value 0 and id -1.
+    """
+    h = _pre_activations(x, W_enc, b_enc, precision, _dtype(x, W_enc))
+    score = _scores(h, scale, absolute)
+    room = min(budget, h.numel())
+    order = score.reshape(-1).sort(descending=True, stable=True).indices[:room]
+    kept = torch.zeros(h.numel(), dtype=torch.bool, device=h.device)
+    kept[order] = True
+    return _as_rows(h, score, kept.view(h.shape) & (score > 0), room)
+
+
+def encode_columns(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    budgets: Tensor,
+    room: int,
+    precision: str = "screened",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each latent i its budgets[i] largest positive pre-activations in the batch.
+
+    vals, idx (room) and row_ptr (N+1), as rows of tokens, padded as in :func:`encode_batch`.
+    budgets (F, int32, at least 0); room at least Σ min(budgets, N), ValueError if not. Equal values
+    of a latent by token ascending.
+    """
+    h = _pre_activations(x, W_enc, b_enc, precision, _dtype(x, W_enc))
+    _check_budgets(budgets, len(x), room)
+    values = h.detach()
+    rank = values.sort(dim=0, descending=True, stable=True).indices.argsort(dim=0)
+    return _as_rows(h, values, (rank < budgets) & (values > 0), room if len(x) else 0)
+
+
+def _check_budgets(budgets: Tensor, n_tokens: int, room: int) -> None:
+    """Contents only on a CPU, to wait for no other device."""
+    if budgets.dtype != torch.int32:
+        raise TypeError(f"budgets: expected torch.int32, got {budgets.dtype}")
+    if budgets.device.type == "cpu":
+        _check_ids(budgets, "budgets", 0, 2**31)
+        needed = int(budgets.clamp(max=n_tokens).sum())
+        if needed > room:
+            raise ValueError(f"room: expected at least Σ min(budgets, N) = {needed}, got {room}")
+
+
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    thresholds: Tensor,
+    limit: int | None = None,
+    precision: str = "screened",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs with h > thresholds[latent]: vals, idx (nnz) and row_ptr (N+1).
+
+    thresholds (F, float32): any but NaN; inf shuts a latent out. Within a token by value
+    descending, then latent ascending; values may be negative where a threshold is. TooManyPairs
+    where more than ``limit`` pairs pass.
+    """
+    h = _pre_activations(x, W_enc, b_enc, precision, _dtype(x, W_enc))
+    if bool(thresholds.isnan().any()):
+        raise ValueError("thresholds: expected numbers, got a NaN")
+    kept = h.detach() > thresholds.to(h.dtype)
+    nnz = int(kept.sum())
+    if limit is not None and nnz > limit:
+        raise TooManyPairs(f"more than {limit} pairs pass their thresholds")
+    return _as_rows(h, h.detach(), kept, nnz)
 
 
 def padded(t: Tensor, row_ptr: Tensor | None, fill: float) -> Tensor:
