@@ -79,18 +79,92 @@ def _encode(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
-    latents: Tensor | None,
     k: int,
+    latents: Tensor | None,
+    scale: Tensor | None,
+    absolute: bool,
+    guide: Tensor | None,
+    W_dec: Tensor | None,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _kernel(backend, "encode", "encode")(x, W_enc, b_enc, k, latents, precision)
+    given = {"scale": scale, "absolute": absolute or None, "guide": guide, "W_dec": W_dec}
+    options = {name: value for name, value in given.items() if value is not None}
+    return _kernel(backend, "encode", "encode")(x, W_enc, b_enc, k, latents, precision, **options)
+
+
+def _empty_vals(x: Tensor, W_enc: Tensor, *shape: Any) -> Tensor:
+    return x.new_empty(*shape, dtype=_wide(torch.promote_types(x.dtype, W_enc.dtype)))
 
 
 @_encode.register_fake
-def _(x, W_enc, b_enc, latents, k, precision, backend):
-    vals = x.new_empty(x.shape[0], k, dtype=_wide(torch.promote_types(x.dtype, W_enc.dtype)))
+def _(x, W_enc, b_enc, k, latents, scale, absolute, guide, W_dec, precision, backend):
+    vals = _empty_vals(x, W_enc, x.shape[0], k)
     return vals, vals.new_empty(x.shape[0], k, dtype=torch.int32)
+
+
+def _empty_rows(x: Tensor, W_enc: Tensor, room: Any) -> tuple[Tensor, Tensor, Tensor]:
+    vals = _empty_vals(x, W_enc, room)
+    row_ptr = vals.new_empty(x.shape[0] + 1, dtype=torch.int64)
+    return vals, vals.new_empty(room, dtype=torch.int32), row_ptr
+
+
+@torch.library.custom_op("fastsae::encode_batch", mutates_args=())
+def _encode_batch(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    budget: int,
+    scale: Tensor | None,
+    absolute: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = _kernel(backend, "encode_batch", "encode_batch")
+    return kernel(x, W_enc, b_enc, budget, precision, scale=scale, absolute=absolute)
+
+
+@_encode_batch.register_fake
+def _(x, W_enc, b_enc, budget, scale, absolute, precision, backend):
+    return _empty_rows(x, W_enc, min(budget, x.shape[0] * W_enc.shape[0]))
+
+
+@torch.library.custom_op("fastsae::encode_columns", mutates_args=())
+def _encode_columns(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    budgets: Tensor,
+    room: int,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = _kernel(backend, "encode_columns", "encode_columns")
+    return kernel(x, W_enc, b_enc, budgets, room, precision)
+
+
+@_encode_columns.register_fake
+def _(x, W_enc, b_enc, budgets, room, precision, backend):
+    return _empty_rows(x, W_enc, room)
+
+
+@torch.library.custom_op("fastsae::encode_threshold", mutates_args=())
+def _encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    thresholds: Tensor,
+    limit: int | None,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = _kernel(backend, "encode_threshold", "encode_threshold")
+    return kernel(x, W_enc, b_enc, thresholds, limit, precision)
+
+
+@_encode_threshold.register_fake
+def _(x, W_enc, b_enc, thresholds, limit, precision, backend):
+    return _empty_rows(x, W_enc, torch.library.get_ctx().new_dynamic_size())
 
 
 @torch.library.custom_op("fastsae::decode", mutates_args=())
@@ -256,41 +330,67 @@ def _undense_gradient(
 
 
 class EncodeFunction(Function):
+    """The values of the pairs that `select`, a custom op with its arguments, chooses."""
+
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, pre_bias, latents, k, precision, backend):
+    def forward(ctx, x, W_enc, b_enc, pre_bias, backend, select, *arguments):
         xc = x.to(_wide(x.dtype))
         xc = xc if pre_bias is None else xc - pre_bias
-        vals, idx = _encode(xc, W_enc, b_enc, latents, k, precision, backend)
-        ctx.save_for_backward(xc, W_enc, idx)
+        vals, idx, *row_ptr = select(xc, W_enc, b_enc, *arguments, backend)
+        ctx.save_for_backward(xc, W_enc, idx, *row_ptr)
         ctx.dtypes = x.dtype, *(None if t is None else t.dtype for t in (b_enc, pre_bias))
-        ctx.backend = backend
-        ctx.mark_non_differentiable(idx)
+        ctx.backend, ctx.n_constants = backend, 2 + len(arguments)
+        ctx.mark_non_differentiable(idx, *row_ptr)
         ctx.set_materialize_grads(False)
-        return vals, idx
+        return vals, idx, *row_ptr
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dvals, _):
-        xc, W_enc, idx = ctx.saved_tensors
+    def backward(ctx, dvals, *_):
+        xc, W_enc, idx, *rest = ctx.saved_tensors
+        row_ptr = rest[0] if rest else None
         need_x, need_W, need_b, need_pre = ctx.needs_input_grad[:4]
         dx = dW = db = dpre = None
+        constants = (None,) * ctx.n_constants
         if dvals is None:
-            return (None,) * 8
+            return dx, dW, db, dpre, *constants
         dvals = dvals.contiguous()
         if need_x:
-            dx = _decode(dvals, idx, W_enc, None, None, ctx.dtypes[0], ctx.backend)
+            dx = _decode(dvals, idx, W_enc, None, row_ptr, ctx.dtypes[0], ctx.backend)
         dense_W = need_W
         if need_W:
-            done, dW = _undense_gradient(W_enc, dvals, idx, xc, None, ctx.backend)
+            done, dW = _undense_gradient(W_enc, dvals, idx, xc, row_ptr, ctx.backend)
             dense_W = not done
         if dense_W or need_b or need_pre:
             rows, sums = _row_gradients(
-                dvals, idx, xc, len(W_enc), None, W_enc.dtype, dense_W, ctx.backend
+                dvals, idx, xc, len(W_enc), row_ptr, W_enc.dtype, dense_W, ctx.backend
             )
             dW = rows if dense_W else dW
             db = sums.to(ctx.dtypes[1]) if need_b else None
             dpre = -_column_sum(W_enc, sums, ctx.backend).to(ctx.dtypes[2]) if need_pre else None
-        return dx, dW, db, dpre, None, None, None, None
+        return dx, dW, db, dpre, *constants
+
+
+class LatentFunction(Function):
+    """values[idx] of each pair, 0 for padding; backward sums in a fixed order."""
+
+    @staticmethod
+    def forward(ctx, values, idx, row_ptr, backend):
+        ctx.save_for_backward(idx, row_ptr)
+        ctx.like, ctx.backend = (len(values), values.dtype), backend
+        return values[idx.clamp(min=0).long()].where(idx >= 0, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        idx, row_ptr = ctx.saved_tensors
+        n_latents, dtype = ctx.like
+        n_tokens = len(idx) if row_ptr is None else len(row_ptr) - 1
+        wide = _wide(dtype)
+        src = g.new_empty(n_tokens, 1, dtype=wide)
+        g = g.to(wide).contiguous()
+        sums = _row_gradients(g, idx, src, n_latents, row_ptr, wide, False, ctx.backend)[1]
+        return sums.to(dtype), None, None, None
 
 
 class DecodeFunction(Function):
@@ -383,6 +483,27 @@ def _check(t: Tensor | None, name: str, shape: tuple[int | None, ...]) -> None:
         raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
 
 
+def _check_encoder(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    pre_bias: Tensor | None,
+    precision: str,
+    scale: Tensor | None = None,
+) -> None:
+    _check(x, "x", (None, None))
+    _check(W_enc, "W_enc", (None, x.shape[1]))
+    _check(b_enc, "b_enc", (len(W_enc),))
+    _check(pre_bias, "pre_bias", (x.shape[1],))
+    _check(scale, "scale", (len(W_enc),))
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def _float32(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().float().contiguous()
+
+
 def encode(
     x: Tensor,
     W_enc: Tensor,
@@ -391,13 +512,19 @@ def encode(
     *,
     k: int,
     latents: Tensor | None = None,
+    scale: Tensor | None = None,
+    absolute: bool = False,
+    guide: Tensor | None = None,
+    W_dec: Tensor | None = None,
     precision: Precision = "screened",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k largest positive h = (x - pre_bias) W_encᵀ + b_enc of each token.
+    """The values h = (x - pre_bias) W_encᵀ + b_enc of each token's k largest positive scores.
 
     x (N, D), W_enc (F, D), b_enc (F), pre_bias (D), latents (int32, ascending ids to choose from).
-    Returns vals (N, k), float32 or float64, by value descending then latent ascending, and idx (N,
+    The score of a pair is h, or |h| with absolute, times scale (F, at least 0) where given, times
+    1 + |<guide[n], W_dec[i]>| with guide (N, D_out) and W_dec (F, D_out); all three are constants.
+    Returns vals (N, k), float32 or float64, by score descending then latent ascending, and idx (N,
     k) int32; -1 and 0 pad where fewer than k are positive. ValueError for wrong shapes and
     non-finite numbers.
 
@@ -407,16 +534,104 @@ def encode(
     same to the bit. "bf16" is another result, that of x - pre_bias and W_enc rounded to bf16 (as
     under autocast); gradients are as without the rounding.
     """
-    _check(x, "x", (None, None))
-    _check(W_enc, "W_enc", (None, x.shape[1]))
-    _check(b_enc, "b_enc", (len(W_enc),))
-    _check(pre_bias, "pre_bias", (x.shape[1],))
+    _check_encoder(x, W_enc, b_enc, pre_bias, precision, scale)
     if k < 0:
         raise ValueError(f"k: expected at least 0, got {k}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if (guide is None) != (W_dec is None):
+        raise ValueError("guide: expected W_dec with it and only with it")
+    if guide is not None and W_dec is not None:
+        _check(W_dec, "W_dec", (len(W_enc), None))
+        _check(guide, "guide", (len(x), W_dec.shape[1]))
+    backend = _resolve(backend, x, W_enc, b_enc, pre_bias, W_dec)
+    scale, guide = _float32(scale), _float32(guide)
+    W_dec = None if W_dec is None else W_dec.detach()
+    options = (k, latents, scale, absolute, guide, W_dec, precision)
+    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, _encode, *options)
+
+
+def encode_batch(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    pre_bias: Tensor | None = None,
+    *,
+    budget: int,
+    scale: Tensor | None = None,
+    absolute: bool = False,
+    precision: Precision = "screened",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `encode`, of the `budget` pairs of the whole batch with the largest positive scores.
+
+    Returns vals and idx (min(budget, N·F)) and row_ptr (N+1): token n has the entries row_ptr[n] ..
+    row_ptr[n+1], by score descending then latent ascending. Equal scores are chosen by token, then
+    latent, ascending. Where fewer are positive the last row ends in padding (0 and -1).
+    """
+    _check_encoder(x, W_enc, b_enc, pre_bias, precision, scale)
+    if budget < 0:
+        raise ValueError(f"budget: expected at least 0, got {budget}")
     backend = _resolve(backend, x, W_enc, b_enc, pre_bias)
-    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, latents, k, precision, backend)
+    options = (budget, _float32(scale), absolute, precision)
+    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, _encode_batch, *options)
+
+
+def encode_columns(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    pre_bias: Tensor | None = None,
+    *,
+    budgets: Tensor,
+    room: int,
+    precision: Precision = "screened",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `encode`, of each latent's budgets[i] (F, int32) largest positive values in the batch.
+
+    Returns vals and idx (room), and row_ptr as `encode_batch`; room is at least Σ min(budgets, N).
+    Equal values of a latent are chosen by token ascending.
+    """
+    _check_encoder(x, W_enc, b_enc, pre_bias, precision)
+    if budgets.shape != (len(W_enc),):
+        raise ValueError(f"budgets: expected shape ({len(W_enc)}), got {tuple(budgets.shape)}")
+    backend = _resolve(backend, x, W_enc, b_enc, pre_bias)
+    options = (budgets, room if len(x) else 0, precision)
+    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, _encode_columns, *options)
+
+
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    pre_bias: Tensor | None = None,
+    *,
+    thresholds: Tensor,
+    limit: int | None = None,
+    precision: Precision = "screened",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `encode`, of all pairs with h > thresholds[i] (F, or 0-d for all), a constant.
+
+    Returns vals and idx (nnz) and row_ptr as `encode_batch`; values are negative where a threshold
+    is. inf shuts a latent out. TooManyPairs (fastsae.reference) where more than limit pairs pass.
+    Waits for a GPU: nnz decides shapes.
+    """
+    _check_encoder(x, W_enc, b_enc, pre_bias, precision)
+    thresholds = thresholds.detach().float().expand(len(W_enc)).contiguous()
+    backend = _resolve(backend, x, W_enc, b_enc, pre_bias)
+    options = (thresholds, limit, precision)
+    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, _encode_threshold, *options)
+
+
+def of_latents(
+    values: Tensor, idx: Tensor, row_ptr: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """values[idx] (F → the shape of idx), 0 where idx is -1; differentiable in values.
+
+    The gradient is summed over the pairs of a latent in a fixed order.
+    """
+    _check(values, "values", (None,))
+    return LatentFunction.apply(values, idx, row_ptr, _resolve(backend, values))
 
 
 def _check_codes(
