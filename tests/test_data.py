@@ -1,7 +1,9 @@
 """Sources, the held-out split, and the exactness, stability and resumption of shuffled batches."""
 
 import itertools
+import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastsae import shards
 from fastsae.data import SAMPLES, Batches, Source, in_order, load_sample, open_source, split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -461,6 +464,229 @@ def test_npy_larger_than_memory(tmp_path: Path) -> None:
         check=False,
     )
     assert child.stdout.splitlines() == ["52200", "the whole file does not fit"], child.stderr
+
+
+# Folders of shards
+
+
+def write_set(
+    folder: Path,
+    sizes: list[int],
+    d: int = 3,
+    dtype: torch.dtype = torch.float16,
+    gradients: bool = False,
+) -> torch.Tensor:
+    """A set of random rows x; gradients are −x, tokens count from 0. Returns x."""
+    x = torch.randn(sum(sizes), d, generator=torch.Generator().manual_seed(0)).to(dtype)
+    folder.mkdir(exist_ok=True)
+    index = {"format": shards.FORMAT, "version": shards.VERSION, "d": d, "gradients": gradients}
+    name = str(dtype).removeprefix("torch.")
+    shards.write_index(folder, {**index, "dtype": name, "shards": sizes})
+    start = 0
+    for number, size in enumerate(sizes):
+        rows = torch.arange(start, start + size, dtype=torch.int32)
+        tensors = {"x": x[rows], "token": rows, "window": rows // 4, "position": rows % 4}
+        if gradients:
+            tensors["gradient"] = -x[rows]
+        shards.write_shard(shards.shard_path(folder, number), tensors)
+        start += size
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_of_shards_are_exact_by_number(tmp_path: Path, dtype: torch.dtype) -> None:
+    x = write_set(tmp_path / "set", [5, 1, 7], dtype=dtype)
+    source = open_source(str(tmp_path / "set"))
+    assert (source.n_rows, source.d_in, source.target, source.gradient) == (13, 3, None, None)
+    for index in (np.arange(13), np.array([12, 0, 5, 4, 6, 5, 5, 0]), np.array([], np.int64)):
+        rows = source.rows(index)
+        assert rows.dtype == torch.float32
+        assert torch.equal(rows, x[torch.from_numpy(index)].float())
+    assert torch.equal(torch.cat([batch.x for batch in in_order(source, 4)]), x.float())
+    with pytest.raises(ValueError, match=r"row numbers in \[0, 13\), got 13 to 13"):
+        source.rows(np.array([13]))
+
+
+def test_labels_of_shards(tmp_path: Path) -> None:
+    write_set(tmp_path, [5, 1, 7])
+    stored, numbers = shards.ActivationSet(tmp_path), np.array([12, 0, 5, 5])
+    labels = [stored.gather(name, numbers) for name in ("token", "window", "position")]
+    assert [label.tolist() for label in labels] == [[12, 0, 5, 5], [3, 0, 1, 1], [0, 0, 1, 1]]
+    assert {label.dtype for label in labels} == {torch.int32}
+
+
+def test_gradients_stay_with_their_rows(tmp_path: Path) -> None:
+    x = write_set(tmp_path, [20, 30], gradients=True)
+    source = open_source(tmp_path, target=1000 + x.float(), gradients=True)
+    train, holdout = split(source, 10)
+    batches = [*itertools.islice(Batches(train, 16), 6), *in_order(holdout.select(np.arange(7)), 4)]
+    for batch in batches:
+        assert batch.gradient is not None and batch.target is not None
+        assert torch.equal(batch.gradient, -batch.x)
+        assert torch.equal(batch.target, 1000 + batch.x)
+    assert [len(batch.x) for batch in batches[-2:]] == [4, 3]
+    again = open_source(source, gradients=True).batch(np.array([49, 3]))
+    assert torch.equal(torch.stack([again.x, -again.gradient]), x[[49, 3]].float().expand(2, 2, 3))
+
+
+def test_gradients_are_read_only_where_asked_for_and_must_be_there(tmp_path: Path) -> None:
+    write_set(tmp_path / "with", [4], gradients=True)
+    write_set(tmp_path / "without", [4])
+    assert open_source(tmp_path / "with").batch(np.array([0])).gradient is None
+    for spec in (tmp_path / "without", torch.zeros(4, 3), open_source(tmp_path / "with")):
+        with pytest.raises(ValueError, match="expected stored gradients, got none"):
+            open_source(spec, gradients=True)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    write_set(tmp_path, [4, 4], gradients=True)
+    stored = shards.ActivationSet(tmp_path)
+    tensors = {name: stored.gather(name, np.arange(4, 8)) for name in stored.tensors}
+    tensors["gradient"][2, 1] = float("nan")
+    shards.write_shard(shards.shard_path(tmp_path, 1), tensors)
+    with pytest.raises(ValueError, match=r": gradient: row 6 holds a NaN"):
+        next(in_order(open_source(tmp_path, gradients=True), 8))
+    assert len(next(in_order(open_source(tmp_path), 8)).x) == 8
+
+
+def test_a_set_of_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
+    x = write_set(tmp_path, [2] * (shards._OPEN_SHARDS + 60), d=1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_files = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + shards._OPEN_SHARDS + 10, limits[1]))
+    try:
+        source = open_source(tmp_path)
+        batches = list(itertools.islice(Batches(source, 100), 8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sum(len(batch.x) for batch in batches) == 800
+    assert torch.equal(source.rows(np.arange(source.n_rows)), x.float())
+
+
+def edited(folder: Path, **changes: object) -> None:
+    index = json.loads((folder / "index.json").read_text()) | changes
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, r"expected 'fastsae-activations' version 1, got 'other' 1"),
+        ({"version": 2}, "got 'fastsae-activations' 2"),
+        ({"d": 0}, "expected a width d >= 1, got 0"),
+        ({"d": "3"}, "expected a width d >= 1, got '3'"),
+        ({"d": True}, "expected a width d >= 1, got True"),
+        ({"dtype": "int8"}, "expected a dtype of float16, bfloat16, float32, got 'int8'"),
+        ({"dtype": ["float16"]}, "expected a dtype of"),
+        ({"gradients": None}, "expected gradients true or false, got None"),
+        ({"shards": []}, "expected shards as the row counts"),
+        ({"shards": [5, -1]}, "expected shards as the row counts"),
+        ({"shards": [5, 1 << 60]}, "expected shards as the row counts"),
+    ],
+)
+def test_bad_indices_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    write_set(tmp_path, [5, 6])
+    edited(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as raised:
+        open_source(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path / 'index.json'}: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d": 4}, r"00000.safetensors: tensor x: expected F16 \[5, 4\], got F16 \[5, 3\]"),
+        ({"dtype": "float32"}, r"00000.safetensors: tensor x: expected F32 \[5, 3\], got F16"),
+        (
+            {"shards": [5, 7]},
+            r"00001.safetensors: tensor x: expected F16 \[7, 3\], got F16 \[6, 3\]",
+        ),
+        ({"gradients": True}, r"tensor gradient: expected F16 \[5, 3\], got none"),
+        ({"shards": [5, 6, 7]}, "00002.safetensors: no such file, .* when it is started again"),
+    ],
+)
+def test_an_index_that_its_shards_do_not_agree_with(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
+    write_set(tmp_path, [5, 6])
+    edited(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path)
+
+
+def safetensors_file(header: bytes, data: int = 100) -> bytes:
+    return len(header).to_bytes(8, "little") + header + bytes(data)
+
+
+def entry(**changes: object) -> bytes:
+    x = {"dtype": "F16", "shape": [5, 3], "data_offsets": [0, 30]} | changes
+    return safetensors_file(json.dumps({"x": x}).encode())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the header's length is wrong"),
+        (b"\xff" * 100, "the header's length is wrong"),
+        (safetensors_file(b"{}")[:9], "truncated: the header needs 2 bytes"),
+        (safetensors_file(b"[1]"), "expected a JSON object, got list"),
+        (safetensors_file(b"{nonsense"), "not readable as JSON"),
+        (safetensors_file(b"[" * 60_000), "not readable as JSON"),
+        (safetensors_file(b"{}"), r"tensor x: expected F16 \[5, 3\], got none"),
+        (entry(dtype="I8"), r"got I8 \[5, 3\]"),
+        (entry(shape=[3, 5]), r"got F16 \[3, 5\]"),
+        (entry(data_offsets=[0, 32]), r"expected offsets 30 bytes apart, got \[0, 32\]"),
+        (entry(data_offsets=[-8, 22]), "expected offsets 30 bytes apart"),
+        (entry(data_offsets=[0.0, 30.0]), "expected two data offsets"),
+        (entry(data_offsets=[1 << 70, (1 << 70) + 30]), "truncated: tensor x ends at byte 11805"),
+        (entry(data_offsets=[80, 110]), "truncated: tensor x ends at byte"),
+    ],
+)
+def test_malformed_shards_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    write_set(tmp_path, [4, 5])
+    path = shards.shard_path(tmp_path, 1)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        open_source(tmp_path)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.sampled_from(["index.json", "shard-00000.safetensors"]),
+    edits=st.dictionaries(st.integers(0, 500), st.integers(0, 255), max_size=4),
+    cut=st.none() | st.integers(0, 700),
+)
+def test_damaged_sets_raise_nothing_else(
+    tmp_path: Path, name: str, edits: dict[int, int], cut: int | None
+) -> None:
+    write_set(tmp_path / "set", [4, 2], gradients=True)
+    path = tmp_path / "set" / name
+    damaged = bytearray(path.read_bytes())
+    for position, byte in edits.items():
+        if position < len(damaged):
+            damaged[position] = byte
+    path.write_bytes(damaged[:cut])
+    try:
+        source = open_source(tmp_path / "set", gradients=True)
+        source.batch(np.arange(source.n_rows))
+    except ValueError as error:
+        assert str(tmp_path / "set") in str(error)
+        assert len(str(error).splitlines()) == 1
+
+
+def test_a_shard_cut_short_in_use_is_an_error(tmp_path: Path) -> None:
+    write_set(tmp_path, [3, 5000])
+    source = open_source(tmp_path)
+    path = shards.shard_path(tmp_path, 1)
+    end = path.stat().st_size
+    os.truncate(path, end - 1)
+    with pytest.raises(ValueError, match=f"00001.*: cut short while in use: {end - 1} of {end} by"):
+        source.rows(np.array([3]))
+    assert len(source.rows(np.array([0, 2]))) == 2
 
 
 # Rows that are not finite

