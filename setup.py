@@ -21,6 +21,9 @@ from setuptools.errors import CompileError
 
 OPS = (
     "encode",
+    "encode_batch",
+    "encode_columns",
+    "encode_threshold",
     "decode",
     "index",
     "rows",

@@ -46,13 +46,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout is
 import torch
 import triton
 from measure import Shape, parse_shape
-from roofline import SHAPES, kernel_costs
+from roofline import SHAPES, add, kernel_costs
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import embedding_bag
 
 from fastsae import SAE, SAEConfig, TopK
-from fastsae.kernels import adam, decode, decode_error, encode, index
+from fastsae.kernels import (
+    adam,
+    decode,
+    decode_error,
+    encode,
+    encode_batch,
+    encode_columns,
+    encode_threshold,
+    index,
+)
 from fastsae.kernels import rows as row_kernels
 from fastsae.kernels.checks import Cost
 from fastsae.kernels.norms import norms
@@ -281,6 +290,80 @@ def encode_error(x: Tensor, W: Tensor, b: Tensor, k: int, n: int = 8) -> float:
     return error
 
 
+def selections(p: Problem, clock: Clock) -> Iterator[Row]:
+    """encode_batch, encode_columns with Zipf budgets, encode_threshold: N·K pairs or nearly."""
+    n, _, f, k = p.shape
+    x, W = p.x(), p.weights()
+    b = 0.01 * p.normal(f, seed=5).to(W.dtype)
+    share = 1 / torch.arange(1, f + 1, device=p.device)
+    budgets = (share * (n * k / share.sum())).ceil().clamp(max=n).int()
+    budgets = budgets[torch.randperm(f, generator=p.generator(6), device=p.device)]
+    room = int(budgets.sum())
+    last = encode_batch.encode_batch(x, W, b, n * k)[0].min()
+    thresholds = last.expand(f).contiguous()
+    works: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {
+        "encode_batch": lambda: encode_batch.encode_batch(x, W, b, n * k),
+        "encode_columns": lambda: encode_columns.encode_columns(x, W, b, budgets, room),
+        "encode_threshold": lambda: encode_threshold.encode_threshold(x, W, b, thresholds),
+    }
+    costs = kernel_costs(p.shape, 2, 0, 0, scored=1.5 * k)
+    for name, work in works.items():
+        rows = work()
+        bound = last_values(rows, budgets) if name == "encode_columns" else thresholds
+        error = selection_error(name, x, W, b, rows, bound)
+        timed = clock.time(work)
+        cost = add(*(stage for part, stage in costs.items() if part.startswith(f"{name}.")))
+        note = f"{int((rows[1] >= 0).sum())} pairs; largest error {error:.1e}"
+        yield {"name": name, "data": "random", **timed, **rates(cost, timed["ms"]), "note": note}
+
+
+def last_values(rows: tuple[Tensor, Tensor, Tensor], budgets: Tensor) -> Tensor:
+    """(F) the least value of each latent, 0 where it has fewer than its budget."""
+    vals, latent = rows[0], rows[1].clamp(min=0).long()
+    vals = vals.where(rows[1] >= 0, torch.inf)
+    least = torch.full(budgets.shape, torch.inf, device=vals.device)
+    least = least.scatter_reduce(0, latent, vals, "amin")
+    full = (rows[1] >= 0).long()
+    full = torch.zeros_like(budgets, dtype=torch.int64).scatter_add(0, latent, full) >= budgets
+    return least.where(full, 0.0)
+
+
+def selection_error(
+    name: str,
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor],
+    bound: Tensor,
+    n: int = 8,
+) -> float:
+    """As encode_error; and every pair that is above its latent's bound for certain is selected."""
+    vals, idx, row_ptr = rows
+    limit = 2.0**-23 * (x.shape[1] / 64 + 16)
+    largest_row = max(float(part.float().norm(dim=1).max()) for part in W.split(1 << 14))
+    worst = 0.0
+    for token in torch.linspace(0, len(x) - 1, min(n, len(x))).long().tolist():
+        begin, end = row_ptr[token : token + 2].tolist()
+        row, value = idx[begin:end].long(), vals[begin:end].double()
+        row, value = row[row >= 0], value[row >= 0]
+        one = x[token].double()
+        h = torch.cat([part.double() @ one for part in W.split(1 << 14)]) + b.double()
+        scale = float(one.norm()) * largest_row
+        selected = torch.zeros_like(h, dtype=torch.bool)
+        selected[row] = True
+        if int(selected.sum()) != len(row):
+            raise AssertionError(f"{name}: expected each latent once a token, got one twice")
+        missed = int(((h > bound + limit * scale) & ~selected).sum())
+        extra = int((value < bound[row]).sum())
+        if missed or extra:
+            raise AssertionError(f"{name}: {missed} pairs missing, {extra} too low: {token=}")
+        if len(row):
+            worst = max(worst, float((value - h[row]).abs().max()) / scale)
+    if not worst <= limit:
+        raise AssertionError(f"{name}: expected errors of at most {limit:.1e}, got {worst:.1e}")
+    return worst
+
+
 def gathers(p: Problem, clock: Clock) -> Iterator[Row]:
     """The kernels around W_dec, and the index."""
     _, _, f, _ = p.shape
@@ -435,6 +518,7 @@ def eager_part(sparse: bool) -> Callable[[Problem, Clock], Iterator[Row]]:
 FIRST: dict[str, Callable[[Problem, Clock], Iterator[Row]]] = {
     "product": product,
     "encode": encode_part("encode"),
+    "selections": selections,
     "gathers": gathers,
     "adam exact": adam_part("adam exact"),
     **{name: step_part(name) for name in STEPS if name.startswith("step bf16")},

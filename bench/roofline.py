@@ -9,6 +9,9 @@ overlaps. FLOPs and bytes are the cost functions' in kernels/. Latents are taken
 a batch touches F·(1 - exp(-NK/F)) of them. The unit of ratios is the time of a product in bf16;
 where Adam keeps fp32 weights, the screen multiplies those, in tf32.
 
+encode_batch, encode_columns and encode_threshold select as many pairs as encode: of the whole
+batch, of each latent, or above thresholds. They are beside the step, not in it.
+
 `encode` rescores its candidates from rows of W_enc that no slice holds: --candidates of them for
 each of the k, those that the screen's margin leaves. Bytes through L2 are all that programs read.
 Of the screen these are a byte for 64 FLOPs, which binds it, unless the card merges what neighbours
@@ -34,6 +37,9 @@ from fastsae.kernels.column_sum import column_sum_cost
 from fastsae.kernels.decode import decode_cost
 from fastsae.kernels.decode_error import decode_error_cost
 from fastsae.kernels.encode import encode_cost
+from fastsae.kernels.encode_batch import encode_batch_cost
+from fastsae.kernels.encode_columns import encode_columns_cost
+from fastsae.kernels.encode_threshold import encode_threshold_cost
 from fastsae.kernels.gradients import gradient_cost, row_config
 from fastsae.kernels.index import index_cost
 from fastsae.kernels.sums import vector_sum_cost
@@ -76,7 +82,8 @@ OPTIMIZERS = {
     "bf16 p+m+v": Optimizer(2, 6, True),
     "bf16 p+m+v lazy": Optimizer(2, 6, False),
 }
-TENSOR_CORES = ("product", "encode.screen")
+SELECTIONS = ("encode_batch", "encode_columns", "encode_threshold")
+TENSOR_CORES = ("product", "encode.screen", *(f"{name}.screen" for name in SELECTIONS))
 
 
 def add(*costs: Cost) -> Cost:
@@ -102,6 +109,9 @@ def kernel_costs(
     n, d, f, k = shape
     stages = encode_cost(n, d, f, k, itemsize, scored)
     product = Cost(2 * n * d * f, *[2 * (n * d + f * d + n * f)] * 2)
+    selections = zip(
+        SELECTIONS, (encode_batch_cost, encode_columns_cost, encode_threshold_cost), strict=True
+    )
     index, update = index_cost(n * k, f), adam_cost(moved * d, state_bytes)
     rows = add(gradient_cost(n, d, n * k, 128), Cost(0, 4 * f * d, 4 * f * d))
     rows_read = Cost(8 * f * d, *[f * d * itemsize + 4 * f] * 2)
@@ -109,6 +119,11 @@ def kernel_costs(
     return {
         "product": product,
         **{f"encode.{stage}": cost for stage, cost in stages.items()},
+        **{
+            f"{name}.{stage}": cost
+            for name, cost_of in selections
+            for stage, cost in cost_of(n, d, f, n * k, itemsize, scored / k).items()
+        },
         "decode_fwd": decode_cost(n, d, f, k, itemsize),
         "decode_bwd_vals": decode_cost(n, d, f, k, itemsize),
         "decode_error": decode_error_cost(n, d, f, k, itemsize),
@@ -174,6 +189,8 @@ def rows_of(shape: Shape, rates: Rates, candidates: float) -> list[dict[str, Any
     n, d, f, k = shape
     rows = []
     groups = {"encode": [s for s in STEP if s.startswith("encode.")], "step": list(STEP)}
+    stages = kernel_costs(shape, 2, 0, 0, 0)
+    groups |= {name: [s for s in stages if s.startswith(f"{name}.")] for name in SELECTIONS}
     for optimizer, how in OPTIMIZERS.items():
         moved = f if how.moves_all else touched_latents(shape)
         costs = kernel_costs(shape, how.itemsize, moved, how.state_bytes, k * candidates)
@@ -208,18 +225,18 @@ def print_tables(rows: list[dict[str, Any]], out: TextIO) -> None:
         print("\nN,D,F,K = " + ",".join(map(str, shape)), file=out)
         shown = "bf16 p+m+v"
         heads = (shown, "GFLOP", "HBM MB", "L2 MB", "ms", "÷ product", "bound")
-        print("{:18} {:>10} {:>10} {:>10} {:>9} {:>9}  {}".format(*heads), file=out)
+        print("{:23} {:>10} {:>10} {:>10} {:>9} {:>9}  {}".format(*heads), file=out)
         for row in here:
             if row["optimizer"] == shown:
                 sizes = (row["flops"] / 1e9, row["hbm_bytes"] / 1e6, row["l2_bytes"] / 1e6)
-                line = "{:18} {:10.1f} {:10.1f} {:10.1f}".format(row["kernel"], *sizes)
+                line = "{:23} {:10.1f} {:10.1f} {:10.1f}".format(row["kernel"], *sizes)
                 print(f"{line} {row['ms']:9.3f} {row['ratio']:9.3f}  {row['bound']}", file=out)
         ratios = ("÷ product", "encode", "step", "merged:", "encode", "step")
-        print("{:18} {:>10} {:>10} {:>10} {:>9} {:>9}".format(*ratios), file=out)
+        print("{:23} {:>10} {:>10} {:>10} {:>9} {:>9}".format(*ratios), file=out)
         for optimizer in OPTIMIZERS:
             of = {r["kernel"]: r for r in here if r["optimizer"] == optimizer}
             encode, step = of["encode"], of["step"]
-            line = f"{optimizer:18} {encode['ratio']:10.2f} {step['ratio']:10.2f} {'':10} "
+            line = f"{optimizer:23} {encode['ratio']:10.2f} {step['ratio']:10.2f} {'':10} "
             line += f"{encode['ratio_merged']:9.2f} {step['ratio_merged']:9.2f}"
             print(line, file=out)
 

@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
+#include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,6 +21,9 @@ namespace {
 struct Kernels {
   const char* isa;
   decltype(&base::encode) encode;
+  decltype(&base::encode_batch) encode_batch;
+  decltype(&base::encode_columns) encode_columns;
+  decltype(&base::encode_threshold) encode_threshold;
   decltype(&base::decode_fwd) decode_fwd;
   decltype(&base::decode_error) decode_error;
   decltype(&base::decode_bwd_vals) decode_bwd_vals;
@@ -30,11 +36,12 @@ struct Kernels {
   decltype(&base::gradient_square_norm) gradient_square_norm;
 };
 
-#define FASTSAE_KERNELS(ISA)                                                                       \
-  Kernels {                                                                                        \
-    #ISA, ISA::encode, ISA::decode_fwd, ISA::decode_error, ISA::decode_bwd_vals, ISA::build_index, \
-        ISA::row_gradients, ISA::column_sum, ISA::project_rows, ISA::normalize_rows, ISA::adam,    \
-        ISA::gradient_square_norm                                                                  \
+#define FASTSAE_KERNELS(ISA)                                                                    \
+  Kernels {                                                                                     \
+    #ISA, ISA::encode, ISA::encode_batch, ISA::encode_columns, ISA::encode_threshold,           \
+        ISA::decode_fwd, ISA::decode_error, ISA::decode_bwd_vals, ISA::build_index,             \
+        ISA::row_gradients, ISA::column_sum, ISA::project_rows, ISA::normalize_rows, ISA::adam, \
+        ISA::gradient_square_norm                                                               \
   }
 
 // What this CPU can run, best first.
@@ -192,62 +199,205 @@ void check_latents(int64_t n) {
     throw py::value_error("expected fewer than 2**31 latents, got " + std::to_string(n));
 }
 
+void check_width(const View& v, const std::string& name) {
+  if (v.cols >= int64_t{1} << 20)
+    throw py::value_error(name + ": expected a width below 2**20, got " + std::to_string(v.cols));
+}
+
 // ---- the functions ----
 
-void encode(py::object x, py::object w, py::object bias, py::object latents, py::object vals,
-            py::object idx, const std::string& screen, bool rounded, int threads,
-            int64_t block_tokens, const std::string& isa) {
+// What all encoders are given.
+Encoding encoding(const py::object& x, const py::object& w, const py::object& bias,
+                  const std::string& screen, bool rounded, int threads, int64_t block_tokens) {
   check_threads(threads);
   const View xv = view(x, "x", "float32", {ANY, ANY});
   const View wv = view(w, "W_enc", FLOATS, {ANY, xv.cols});
   check_latents(wv.rows);
   const View bv = optional_view(bias, "b_enc", "float32", {wv.rows});
-  const View lv = optional_view(latents, "latents", "int32", {ANY});
-  const View out = packed(view(vals, "vals", "float32", {xv.rows, ANY}, OUT), "vals");
-  const View ids = packed(view(idx, "idx", "int32", {xv.rows, out.cols}, OUT), "idx");
-  if (xv.cols >= int64_t{1} << 20)
-    throw py::value_error("x: expected d_in below 2**20, got " + std::to_string(xv.cols));
-  if (!latents.is_none()) {
-    check_range(lv.as<int32_t>(), lv.cols, 0, wv.rows, "latents");
-    for (int64_t i = 1; i < lv.cols; ++i)
-      if (lv.as<int32_t>()[i] <= lv.as<int32_t>()[i - 1])
-        throw py::value_error("latents: expected strictly ascending ids, got " +
-                              std::to_string(lv.as<int32_t>()[i]) + " at position " +
-                              std::to_string(i));
-  }
+  check_width(xv, "x");
+  if (xv.rows >= int64_t{1} << 31)
+    throw py::value_error("x: expected fewer than 2**31 tokens, got " + std::to_string(xv.rows));
   if (screen != "fp32" && screen != "bf16")
     throw py::value_error("screen: expected fp32 or bf16, got " + screen);
-  const Kernels& k = kernels_for(isa);
-  EncodeArgs a{};
+  Encoding a{};
   a.x = xv.as<float>();
   a.n = xv.rows;
   a.d = xv.cols;
   a.ldx = xv.ld;
   a.w = wv.matrix();
   a.bias = bv.as<float>();
-  a.latents = lv.as<int32_t>();
-  a.f = latents.is_none() ? wv.rows : lv.cols;
-  a.k = out.cols;
-  a.vals = out.as<float>();
-  a.idx = ids.as<int32_t>();
+  a.f = wv.rows;
   a.bf16_screen = screen == "bf16";
   a.rounded = rounded;
   a.block_tokens = block_tokens;
   a.threads = threads;
+  return a;
+}
+
+const float* scale_of(const py::object& scale, int64_t n_latents) {
+  const View v = optional_view(scale, "scale", "float32", {n_latents});
+  for (int64_t i = 0; i < v.cols; ++i)
+    if (const float s = v.as<float>()[i]; !(s >= 0 && std::isfinite(s)))
+      throw py::value_error("scale: expected finite numbers of at least 0, got " +
+                            std::to_string(s) + " at position " + std::to_string(i));
+  return v.as<float>();
+}
+
+void raise_if_found(const NonFinite& found) {
+  const std::string token = std::to_string(found.token), latent = std::to_string(found.latent);
+  const std::string one = ": expected finite values, got a non-finite one in ";
+  switch (found.what) {
+    case NonFinite::NOTHING:
+      return;
+    case NonFinite::TOKEN:
+      throw py::value_error("x" + one + "row " + token);
+    case NonFinite::LATENT:
+      throw py::value_error("W_enc, b_enc" + one + "latent " + latent);
+    case NonFinite::GUIDE:
+      throw py::value_error("guide" + one + "row " + token);
+    case NonFinite::DECODER:
+      throw py::value_error("W_dec" + one + "latent " + latent);
+    case NonFinite::VALUE:
+      throw py::value_error("expected finite pre-activations, got an overflow at token " + token +
+                            ", latent " + latent);
+    case NonFinite::NO_MEMORY:
+      throw std::bad_alloc();
+    case NonFinite::SCORE:
+      throw py::value_error(
+          "expected finite products of guide and W_dec, got an overflow at token " + token +
+          ", latent " + latent);
+  }
+}
+
+template <class Args>
+void run(NonFinite (*kernel)(const Args&), const Args& a) {
   NonFinite found;
   {
     py::gil_scoped_release release;
-    found = k.encode(a);
+    found = kernel(a);
   }
-  const std::string token = std::to_string(found.token), latent = std::to_string(found.latent);
-  if (found.token >= 0 && found.latent >= 0)
-    throw py::value_error("expected finite pre-activations, got an overflow at token " + token +
-                          ", latent " + latent);
-  if (found.token >= 0)
-    throw py::value_error("x: expected finite values, got a non-finite one in row " + token);
-  if (found.latent >= 0)
-    throw py::value_error("W_enc, b_enc: expected finite values, got a non-finite one in latent " +
-                          latent);
+  raise_if_found(found);
+}
+
+void encode(py::object x, py::object w, py::object bias, py::object latents, py::object scale,
+            bool absolute, py::object guide, py::object dec, py::object vals, py::object idx,
+            const std::string& screen, bool rounded, int threads, int64_t block_tokens,
+            const std::string& isa) {
+  EncodeArgs a{};
+  static_cast<Encoding&>(a) = encoding(x, w, bias, screen, rounded, threads, block_tokens);
+  const int64_t n_latents = a.f;
+  const View lv = optional_view(latents, "latents", "int32", {ANY});
+  const View out = packed(view(vals, "vals", "float32", {a.n, ANY}, OUT), "vals");
+  const View ids = packed(view(idx, "idx", "int32", {a.n, out.cols}, OUT), "idx");
+  if (!latents.is_none()) {
+    check_range(lv.as<int32_t>(), lv.cols, 0, n_latents, "latents");
+    for (int64_t i = 1; i < lv.cols; ++i)
+      if (lv.as<int32_t>()[i] <= lv.as<int32_t>()[i - 1])
+        throw py::value_error("latents: expected strictly ascending ids, got " +
+                              std::to_string(lv.as<int32_t>()[i]) + " at position " +
+                              std::to_string(i));
+    a.latents = lv.as<int32_t>();
+    a.f = lv.cols;
+  }
+  a.score.scale = scale_of(scale, n_latents);
+  a.score.absolute = absolute;
+  if (guide.is_none() != dec.is_none())
+    throw py::value_error("guide: expected W_dec with it and only with it");
+  if (!guide.is_none()) {
+    const View gv = view(guide, "guide", "float32", {a.n, ANY});
+    check_width(gv, "guide");
+    a.score.guide = gv.as<float>();
+    a.score.ldg = gv.ld;
+    a.score.d_out = gv.cols;
+    a.score.dec = view(dec, "W_dec", FLOATS, {n_latents, gv.cols}).matrix();
+  }
+  a.k = out.cols;
+  a.vals = out.as<float>();
+  a.idx = ids.as<int32_t>();
+  run(kernels_for(isa).encode, a);
+}
+
+RowOutputs row_outputs(const py::handle& vals, const py::handle& idx, const py::handle& row_ptr,
+                       int64_t n, int64_t room) {
+  const View vv = view(vals, "vals", "float32", {room}, OUT);
+  const View iv = view(idx, "idx", "int32", {vv.cols}, OUT);
+  const View pv = view(row_ptr, "row_ptr", "int64", {n + 1}, OUT);
+  return {vv.as<float>(), iv.as<int32_t>(), pv.as<int64_t>(), vv.cols};
+}
+
+void encode_batch(py::object x, py::object w, py::object bias, py::object scale, bool absolute,
+                  py::object vals, py::object idx, py::object row_ptr, const std::string& screen,
+                  bool rounded, int threads, int64_t block_tokens, const std::string& isa) {
+  BatchArgs a{};
+  static_cast<Encoding&>(a) = encoding(x, w, bias, screen, rounded, threads, block_tokens);
+  a.score.scale = scale_of(scale, a.f);
+  a.score.absolute = absolute;
+  a.out = row_outputs(vals, idx, row_ptr, a.n, ANY);
+  a.budget = a.out.room;
+  if (a.budget > a.n * a.f)
+    throw py::value_error("vals: expected at most N·F = " + std::to_string(a.n * a.f) +
+                          " entries, got " + std::to_string(a.budget));
+  run(kernels_for(isa).encode_batch, a);
+}
+
+void encode_columns(py::object x, py::object w, py::object bias, py::object budgets,
+                    py::object vals, py::object idx, py::object row_ptr, const std::string& screen,
+                    bool rounded, int threads, int64_t block_tokens, const std::string& isa) {
+  ColumnArgs a{};
+  static_cast<Encoding&>(a) = encoding(x, w, bias, screen, rounded, threads, block_tokens);
+  a.budgets = view(budgets, "budgets", "int32", {a.f}).as<int32_t>();
+  a.out = row_outputs(vals, idx, row_ptr, a.n, ANY);
+  int64_t least = 0, needed = 0;
+  for (int64_t i = 0; i < a.f; ++i) {
+    if (a.budgets[i] < least) least = a.budgets[i];
+    needed += a.budgets[i] < a.n ? a.budgets[i] : a.n;
+  }
+  if (least < 0)
+    throw py::value_error("budgets: expected at least 0, got " + std::to_string(least));
+  if (a.out.room < needed)
+    throw py::value_error("room: expected at least Σ min(budgets, N) = " + std::to_string(needed) +
+                          ", got " + std::to_string(a.out.room));
+  run(kernels_for(isa).encode_columns, a);
+}
+
+// Calls allocate(nnz) for vals and idx once nnz is known, and returns them; None where more than
+// limit pairs pass.
+py::object encode_threshold(py::object x, py::object w, py::object bias, py::object thresholds,
+                            std::optional<int64_t> limit, py::object allocate, py::object row_ptr,
+                            const std::string& screen, bool rounded, int threads,
+                            int64_t block_tokens, const std::string& isa) {
+  struct Allocate {
+    py::object call, row_ptr, given;
+    int64_t n;
+  };
+  bool too_many = false;
+  ThresholdArgs a{};
+  static_cast<Encoding&>(a) = encoding(x, w, bias, screen, rounded, threads, block_tokens);
+  a.thresholds = view(thresholds, "thresholds", "float32", {a.f}).as<float>();
+  for (int64_t i = 0; i < a.f; ++i)
+    if (std::isnan(a.thresholds[i]))
+      throw py::value_error("thresholds: expected numbers, got a NaN at position " +
+                            std::to_string(i));
+  view(row_ptr, "row_ptr", "int64", {a.n + 1}, OUT);
+  if (!PyCallable_Check(allocate.ptr()))
+    throw py::type_error("allocate: expected a function, got " +
+                         std::string(py::str(py::type::of(allocate))));
+  Allocate context{allocate, row_ptr, py::none(), a.n};
+  a.limit = limit.value_or(INT64_MAX);
+  a.too_many = &too_many;
+  a.context = &context;
+  a.allocate = [](void* p, int64_t room) {
+    py::gil_scoped_acquire acquire;
+    Allocate& c = *static_cast<Allocate*>(p);
+    c.given = c.call(room);
+    const auto outputs = c.given.cast<py::tuple>();
+    if (outputs.size() != 2)
+      throw py::value_error("allocate: expected it to return vals and idx, got " +
+                            std::to_string(outputs.size()) + " objects");
+    return row_outputs(outputs[0], outputs[1], c.row_ptr, c.n, room);
+  };
+  run(kernels_for(isa).encode_threshold, a);
+  return context.given;
 }
 
 DecodeArgs decode_args(const Pairs& codes, const View& w, const View& bias, int threads) {
@@ -460,9 +610,19 @@ PYBIND11_MODULE(_C, m) {
   using py::arg;
   m.doc() = "C++ kernels of fastsae; called by fastsae/cpu.py, which documents them.";
   m.def("isas", &isas, "Instruction sets compiled in that this CPU can run, best first.");
-  m.def("encode", &encode, arg("x"), arg("W_enc"), arg("b_enc"), arg("latents"), arg("vals"),
-        arg("idx"), arg("screen"), arg("rounded").noconvert(), arg("threads"),
-        arg("block_tokens") = 0, arg("isa") = "");
+  m.def("encode", &encode, arg("x"), arg("W_enc"), arg("b_enc"), arg("latents"), arg("scale"),
+        arg("absolute").noconvert(), arg("guide"), arg("W_dec"), arg("vals"), arg("idx"),
+        arg("screen"), arg("rounded").noconvert(), arg("threads"), arg("block_tokens") = 0,
+        arg("isa") = "");
+  m.def("encode_batch", &encode_batch, arg("x"), arg("W_enc"), arg("b_enc"), arg("scale"),
+        arg("absolute").noconvert(), arg("vals"), arg("idx"), arg("row_ptr"), arg("screen"),
+        arg("rounded").noconvert(), arg("threads"), arg("block_tokens") = 0, arg("isa") = "");
+  m.def("encode_columns", &encode_columns, arg("x"), arg("W_enc"), arg("b_enc"), arg("budgets"),
+        arg("vals"), arg("idx"), arg("row_ptr"), arg("screen"), arg("rounded").noconvert(),
+        arg("threads"), arg("block_tokens") = 0, arg("isa") = "");
+  m.def("encode_threshold", &encode_threshold, arg("x"), arg("W_enc"), arg("b_enc"),
+        arg("thresholds"), arg("limit"), arg("allocate"), arg("row_ptr"), arg("screen"),
+        arg("rounded").noconvert(), arg("threads"), arg("block_tokens") = 0, arg("isa") = "");
   m.def("decode_fwd", &decode_fwd, arg("vals"), arg("idx"), arg("row_ptr"), arg("W_dec"),
         arg("b_dec"), arg("out"), arg("threads"), arg("isa") = "");
   m.def("decode_error", &decode_error, arg("vals"), arg("idx"), arg("row_ptr"), arg("W_dec"),

@@ -19,26 +19,68 @@ struct MutableMatrix {
   bool is_bf16;
 };
 
-struct EncodeArgs {
+struct Encoding {  // the pre-activations that an encoder chooses from
   const float* x;  // (n, d) centred tokens
   int64_t n, d, ldx;
   Matrix w;                // (n_latents, d)
   const float* bias;       // (n_latents) or null
   const int32_t* latents;  // (f) ascending latent ids to choose from, or null for all
   int64_t f;               // how many latents to choose from
-  int64_t k;
-  float* vals;   // (n, k) out
-  int32_t* idx;  // (n, k) out
   bool bf16_screen;
   bool rounded;          // W_enc counts as rounded to bf16; x is
   int64_t block_tokens;  // 0: chosen here
   int threads;
 };
 
-// What encode found instead of a result: the first non-finite row of x (token), row of W_enc or
-// entry of b_enc (latent), or a pre-activation that overflows fp32 (both); -1 where there is none.
+struct Score {         // what encode and encode_batch compare: h, unless something is set
+  const float* scale;  // (n_latents) or null
+  bool absolute;
+  const float* guide;  // (n, d_out) or null
+  int64_t ldg, d_out;
+  Matrix dec;  // (n_latents, d_out), with guide
+};
+
+// What an encoder found instead of a result: a row of x (token) or guide (token), W_enc or b_enc
+// (latent) or W_dec (latent) that is not finite, a pre-activation or a product with guide that
+// overflows fp32 (both); or that there is no memory for the pairs.
 struct NonFinite {
+  enum What { NOTHING, TOKEN, LATENT, VALUE, GUIDE, DECODER, SCORE, NO_MEMORY } what = NOTHING;
   int64_t token = -1, latent = -1;
+};
+
+struct EncodeArgs : Encoding {
+  Score score;
+  int64_t k;
+  float* vals;   // (n, k) out
+  int32_t* idx;  // (n, k) out
+};
+
+struct RowOutputs {  // contiguous; entries that no pair takes are padding
+  float* vals;       // (room)
+  int32_t* idx;      // (room)
+  int64_t* row_ptr;  // (n + 1)
+  int64_t room;
+};
+
+struct BatchArgs : Encoding {
+  Score score;  // no guide
+  int64_t budget;
+  RowOutputs out;
+};
+
+struct ColumnArgs : Encoding {
+  const int32_t* budgets;  // (n_latents)
+  RowOutputs out;
+};
+
+struct ThresholdArgs : Encoding {
+  const float* thresholds;  // (n_latents)
+  int64_t limit;            // the largest number of pairs
+  // Returns the outputs for `room` pairs; called once, on the calling thread, unless there are too
+  // many.
+  RowOutputs (*allocate)(void* context, int64_t room);
+  void* context;
+  bool* too_many;  // out
 };
 
 // The stored pairs of a batch: row i of (n, k), or entries row_ptr[i] .. row_ptr[i+1] where row_ptr
@@ -107,6 +149,9 @@ struct AdamArgs {
 #define FASTSAE_DECLARE_KERNELS(ISA)                                                           \
   namespace ISA {                                                                              \
   NonFinite encode(const EncodeArgs&);                                                         \
+  NonFinite encode_batch(const BatchArgs&);                                                    \
+  NonFinite encode_columns(const ColumnArgs&);                                                 \
+  NonFinite encode_threshold(const ThresholdArgs&);                                            \
   void decode_fwd(const DecodeArgs&, MutableMatrix out);                                       \
   double decode_error(const DecodeArgs&, Matrix target, const ErrorOutputs&);                  \
   void decode_bwd_vals(const DecodeArgs&, Matrix g, float* dvals);                             \

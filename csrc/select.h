@@ -1,5 +1,7 @@
-// select: which candidates of one token can still be among its k best, and which are.
+// select: which candidates of one token can still be among its k best, and which are. (For
+// encode_columns, of one latent: the ids are then tokens.)
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "simd.h"
@@ -8,8 +10,8 @@ namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
-// The buffer of one token. Pair i's value lies in [lower, upper]; it is the value where both are
-// equal.
+// The buffer of one token. Pair i's score lies in [lower, upper]; it is the score where both are
+// equal. Ids ascend.
 struct Candidates {
   float* lower;
   float* upper;
@@ -20,9 +22,15 @@ struct Candidates {
       : lower(memory),
         upper(memory + capacity),
         id(reinterpret_cast<int32_t*>(memory + 2 * capacity)) {}
+
+  FASTSAE_INLINE void copy(int64_t i, const Candidates& to, int64_t at) const {
+    to.lower[at] = lower[i];
+    to.upper[at] = upper[i];
+    to.id[at] = id[i];
+  }
 };
 
-int64_t count_at_least(const float* v, int64_t n, float t) {
+inline int64_t count_at_least(const float* v, int64_t n, float t) {
   const vec tv = splat(t);
   int64_t count = 0, i = 0;
   for (; i + LANES <= n; i += LANES) count += __builtin_popcount(at_least(load(v + i), tv));
@@ -32,7 +40,7 @@ int64_t count_at_least(const float* v, int64_t n, float t) {
 
 // A threshold that at least k of the n lower bounds reach, close below the k-th largest of them;
 // the old one where fewer than k reach it.
-float raised(const float* lower, int64_t n, int64_t k, float threshold) {
+inline float raised(const float* lower, int64_t n, int64_t k, float threshold) {
   if (n < k || count_at_least(lower, n, threshold) < k) return threshold;
   float highest = threshold;
   for (int64_t i = 0; i < n; ++i) highest = lower[i] > highest ? lower[i] : highest;
@@ -51,19 +59,17 @@ float raised(const float* lower, int64_t n, int64_t k, float threshold) {
 }
 
 // Drops the candidates that cannot reach the threshold; returns how many remain, in their order.
-int64_t drop_below(const Candidates& c, int64_t n, float threshold) {
+inline int64_t drop_below(const Candidates& c, int64_t n, float threshold) {
   int64_t kept = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float upper = c.upper[i];
-    c.lower[kept] = c.lower[i];
-    c.upper[kept] = upper;
-    c.id[kept] = c.id[i];
+    c.copy(i, c, kept);
     kept += upper >= threshold;
   }
   return kept;
 }
 
-// ---- the total order: value descending, then latent ascending, as one descending integer ----
+// ---- the total order: score descending, then id ascending, as one descending integer ----
 
 FASTSAE_INLINE uint64_t order_key(float value, int32_t id) {
   uint32_t u;
@@ -81,7 +87,7 @@ FASTSAE_INLINE int32_t key_id(uint64_t key) { return ~static_cast<int32_t>(key);
 
 // Writes the largest min(n, k) of n distinct keys to out, descending; returns how many. out has room
 // for n; keys is overwritten.
-int64_t largest(uint64_t* keys, int64_t n, int64_t k, uint64_t* out) {
+inline int64_t largest(uint64_t* keys, int64_t n, int64_t k, uint64_t* out) {
   const int64_t kept = n < k ? n : k;
   if (n <= 128) {  // every key's place is the number of keys above it
     for (int64_t i = 0; i < n; ++i) {
@@ -113,6 +119,23 @@ int64_t largest(uint64_t* keys, int64_t n, int64_t k, uint64_t* out) {
   }
   if (from != out) std::memcpy(out, from, kept * sizeof *out);
   return kept;
+}
+
+// Keeps the k best of n candidates whose scores are known, in the order they had. Returns the least
+// score kept, or -inf where there were fewer than k. keys has room for 2n.
+inline float keep_largest(const Candidates& c, int64_t& n, int64_t k, uint64_t* keys) {
+  if (n < k) return -INFINITY;
+  for (int64_t i = 0; i < n; ++i) keys[i] = order_key(c.lower[i], static_cast<int32_t>(i));
+  largest(keys, n, k, keys + n);
+  const uint64_t last = keys[n + k - 1];
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t key = order_key(c.lower[i], static_cast<int32_t>(i));
+    c.copy(i, c, kept);
+    kept += key >= last;
+  }
+  n = kept;
+  return key_value(last);
 }
 
 }  // namespace

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 from torch import Tensor
 
 def isas() -> list[str]: ...
@@ -6,6 +8,10 @@ def encode(
     W_enc: Tensor,
     b_enc: Tensor | None,
     latents: Tensor | None,
+    scale: Tensor | None,
+    absolute: bool,
+    guide: Tensor | None,
+    W_dec: Tensor | None,
     vals: Tensor,
     idx: Tensor,
     screen: str,
@@ -14,6 +20,49 @@ def encode(
     block_tokens: int = 0,
     isa: str = "",
 ) -> None: ...
+def encode_batch(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    scale: Tensor | None,
+    absolute: bool,
+    vals: Tensor,
+    idx: Tensor,
+    row_ptr: Tensor,
+    screen: str,
+    rounded: bool,
+    threads: int,
+    block_tokens: int = 0,
+    isa: str = "",
+) -> None: ...
+def encode_columns(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    budgets: Tensor,
+    vals: Tensor,
+    idx: Tensor,
+    row_ptr: Tensor,
+    screen: str,
+    rounded: bool,
+    threads: int,
+    block_tokens: int = 0,
+    isa: str = "",
+) -> None: ...
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    thresholds: Tensor,
+    limit: int | None,
+    allocate: Callable[[int], tuple[Tensor, Tensor]],
+    row_ptr: Tensor,
+    screen: str,
+    rounded: bool,
+    threads: int,
+    block_tokens: int = 0,
+    isa: str = "",
+) -> tuple[Tensor, Tensor] | None: ...
 def decode_fwd(
     vals: Tensor,
     idx: Tensor,

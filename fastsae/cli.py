@@ -1,4 +1,4 @@
-"""The command line: ``fastsae demo``, ``fastsae train``, ``fastsae info``."""
+"""The command line: ``fastsae demo``, ``fastsae train``, ``fastsae harvest``, ``fastsae info``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +17,9 @@ import torch
 import tyro
 
 import fastsae
-from fastsae import SAE, SAEConfig, TopK, cpu, metrics
+from fastsae import SAE, SAEConfig, Selection, TopK, cpu, metrics, ops
 from fastsae.data import Batches, Source, in_order, open_source, split
+from fastsae.harvest import HarvestConfig, harvest, load_model
 from fastsae.timing import product_seconds
 from fastsae.train import TrainConfig, Trainer, evaluate
 
@@ -60,13 +61,17 @@ class Train:
     """Train an SAE on activations."""
 
     data: str
-    """A .npy file of float16, float32 or float64 rows, or sample:minilm_l3, sample:smollm2_l11."""
+    """A .npy file of float16, float32 or float64 rows, a folder that harvest wrote, or
+    sample:minilm_l3, sample:smollm2_l11."""
     d_sae: int
     """Number of latents."""
     out: Path
     """Run directory: config.json, sae.safetensors, log.jsonl, metrics.json."""
+    selection: str = "topk"
+    """The rule that selects latents; its parameters as --selection.PARAM VALUE. The names, and each
+    rule's parameters, are in the error about a wrong one."""
     k: int = 32
-    """Active latents a token."""
+    """Active latents a token: the rule's budget, or what its penalty is steered to."""
     target: str | None = None
     """Activations to predict, row for row (a transcoder); None: the data themselves."""
     skip: bool = False
@@ -75,6 +80,8 @@ class Train:
     """Rows of the decoder: unit (norm 1) or free."""
     dtype: str = "float32"
     """Of the parameters: float32, bfloat16; float16 and float64 run on the reference backend."""
+    auxk: str = "dictionary_learning"
+    """Whose AuxK loss on dead latents: dictionary_learning, openai, bussmann, sparsify, saelens."""
     auxk_coef: float = 1 / 32
     """Weight of the AuxK loss on dead latents; 0 turns it off."""
     k_aux: int | None = None
@@ -88,18 +95,20 @@ class Train:
     train: TrainOptions = TrainOptions()
     """How it is trained."""
 
-    def run(self) -> None:
+    def run(self, parameters: dict[str, str] | None = None) -> None:
         settings = self.train.checked()
-        source = open_source(self.data, self.target)
+        rule = rule_from(self.selection, self.k, parameters or {})
+        source = open_source(self.data, self.target, gradients=rule.needs_gradient)
         train, holdout = split(source, self.holdout)
         config = SAEConfig(
             d_in=source.d_in,
             d_sae=self.d_sae,
-            selection=TopK(self.k),
+            selection=rule,
             d_out=None if self.target is None else source.d_out,
             skip=self.skip,
             decoder_norm=self.decoder_norm,  # type: ignore[arg-type]  # SAEConfig checks it
             dtype=self.dtype,  # type: ignore[arg-type]
+            auxk=self.auxk,  # type: ignore[arg-type]
             auxk_coef=self.auxk_coef,
             k_aux=self.k_aux,
             dead_after=self.dead_after,
@@ -109,11 +118,72 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Harvest:
+    """Store a Hugging Face model's activations over text, to train on; goes on where it stopped."""
+
+    model: tyro.conf.Positional[str]
+    """A name on the hub, a local folder, or one of the tested minilm and smollm2."""
+    text: tuple[Path, ...]
+    """Files to read: .txt, or .jsonl with a field "text"."""
+    out: Path
+    """Folder of the set: index.json and shards."""
+    kept: HarvestConfig
+    """What is kept."""
+    cache: Path = Path("~/.cache/fastsae")
+    """Where the dequantised weights of smollm2 are kept."""
+    device: str = "cpu"
+    """Where the model runs."""
+
+    def run(self) -> None:
+        self.kept.check()
+        model = load_model(self.model, self.cache.expanduser(), self.device)
+        harvest(model, self.text, self.out, self.kept)
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions and which backends work here."""
 
     def run(self) -> None:
         print(info())
+
+
+def rule_from(name: str, k: int, parameters: dict[str, str]) -> Selection:
+    """The rule of that name; parameters by name, as JSON or, if they are not, as strings."""
+    if name not in Selection.rules:
+        raise ValueError(
+            f"selection: expected one of {', '.join(sorted(Selection.rules))}, got {name!r}"
+        )
+    rule = Selection.rules[name]
+    known = [f.name for f in fields(rule)]
+    values: dict[str, Any] = {rule.k_name: k} if rule.k_name else {}
+    for parameter, text in parameters.items():
+        if parameter not in known:
+            raise ValueError(
+                f"selection.{parameter}: {name} has the parameters {', '.join(known)}, no such one"
+            )
+        try:
+            values[parameter] = json.loads(text)
+        except ValueError:
+            values[parameter] = text
+    return Selection.from_dict({"name": name, **values})
+
+
+def _selection_parameters(args: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes --selection.PARAM VALUE and --selection.PARAM=VALUE out of the arguments."""
+    rest: list[str] = []
+    found: dict[str, str] = {}
+    arguments = iter(args)
+    for argument in arguments:
+        if not argument.startswith("--selection."):
+            rest.append(argument)
+            continue
+        name, equals, value = argument.removeprefix("--selection.").partition("=")
+        text = value if equals else next(arguments, None)
+        if text is None:
+            raise ValueError(f"--selection.{name}: expected a value after it, got none")
+        found[name.replace("-", "_")] = text
+    return rest, found
 
 
 def run_training(
@@ -194,8 +264,8 @@ def info() -> str:
         )
     else:
         lines.append(
-            f"triton    {version('triton')} on {torch.cuda.get_device_name()}: decode only so far, "
-            "with backend='triton'; all else takes reference"
+            f"triton    {version('triton')} works on {torch.cuda.get_device_name()}: "
+            f"{', '.join(str(d).removeprefix('torch.') for d in ops.TRITON_DTYPES)}"
         )
     return "\n".join(lines)
 
@@ -213,6 +283,7 @@ def _errors_in_one_line() -> Iterator[None]:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Harvest, tyro.conf.subcommand("harvest")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -221,11 +292,17 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command line; errors end it with one line on stderr and a status that is not 0."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     with _errors_in_one_line():
-        command: Demo | Train | Info = tyro.cli(
+        args, parameters = _selection_parameters(sys.argv[1:] if args is None else args)
+        command: Demo | Train | Harvest | Info = tyro.cli(
             Command,
             prog="fastsae",
             description="Sparse autoencoders that do only the work that is there.",
             args=args,
             config=config,
         )
-        command.run()
+        if isinstance(command, Train):
+            command.run(parameters)
+        elif parameters:
+            raise ValueError(f"--selection.{next(iter(parameters))}: expected with train only")
+        else:
+            command.run()

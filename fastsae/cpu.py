@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastsae.reference import as_rows
+from fastsae.reference import TooManyPairs, as_rows
 
 missing: str | None = None
 """Why the extension is not there; None where it is."""
@@ -58,6 +58,28 @@ def _float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach().float().contiguous()
 
 
+def _encoding(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, precision: str, forced: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What the encoders have in common.
+
+    forced: any of screen, block_tokens, threads and isa, which never change a bit of the result.
+    """
+    rounded = precision == "bf16"
+    x = _rows((x.detach().bfloat16() if rounded else x.detach()).float())
+    return {
+        **{"x": x, "W_enc": W_enc, "b_enc": _float(b_enc), "rounded": rounded},
+        "screen": "fp32" if precision == "fp32" else screen(),
+        "threads": torch.get_num_threads(),
+        **(forced or {}),
+    }
+
+
+def _empty_pairs(*shape: int) -> tuple[Tensor, Tensor]:
+    """vals and idx."""
+    return torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int32)
+
+
 def encode(
     x: Tensor,
     W_enc: Tensor,
@@ -66,23 +88,101 @@ def encode(
     latents: Tensor | None = None,
     precision: str = "screened",
     *,
+    scale: Tensor | None = None,
+    absolute: bool = False,
+    guide: Tensor | None = None,
+    W_dec: Tensor | None = None,
     forced: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`fastsae.reference.encode`.
-
-    forced: any of screen, block_tokens and isa, which never change a bit of the result.
-    """
-    rounded = precision == "bf16"
-    x = _rows((x.detach().bfloat16() if rounded else x.detach()).float())
-    vals = torch.empty(x.shape[0], k, dtype=torch.float32)
-    idx = torch.empty(x.shape[0], k, dtype=torch.int32)
-    how = {
-        "screen": "fp32" if precision == "fp32" else screen(),
-        "threads": torch.get_num_threads(),
-        **(forced or {}),
-    }
-    _C.encode(x, W_enc, _float(b_enc), latents, vals, idx, rounded=rounded, **how)
+    """:func:`fastsae.reference.encode`."""
+    vals, idx = _empty_pairs(len(x), k)
+    _C.encode(
+        latents=latents,
+        scale=scale,
+        absolute=absolute,
+        guide=None if guide is None else _rows(guide.detach()),
+        W_dec=W_dec,
+        vals=vals,
+        idx=idx,
+        **_encoding(x, W_enc, b_enc, precision, forced),
+    )
     return vals, idx
+
+
+def encode_batch(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    budget: int,
+    precision: str = "screened",
+    *,
+    scale: Tensor | None = None,
+    absolute: bool = False,
+    forced: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`fastsae.reference.encode_batch`."""
+    if budget < 0:
+        raise ValueError(f"budget: expected at least 0, got {budget}")
+    vals, idx = _empty_pairs(min(budget, len(x) * len(W_enc)))
+    row_ptr = torch.empty(len(x) + 1, dtype=torch.int64)
+    _C.encode_batch(
+        scale=scale,
+        absolute=absolute,
+        vals=vals,
+        idx=idx,
+        row_ptr=row_ptr,
+        **_encoding(x, W_enc, b_enc, precision, forced),
+    )
+    return vals, idx, row_ptr
+
+
+def encode_columns(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    budgets: Tensor,
+    room: int,
+    precision: str = "screened",
+    *,
+    forced: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`fastsae.reference.encode_columns`."""
+    if room < 0:
+        raise ValueError(f"room: expected at least 0, got {room}")
+    vals, idx = _empty_pairs(room if len(x) else 0)
+    row_ptr = torch.empty(len(x) + 1, dtype=torch.int64)
+    _C.encode_columns(
+        budgets=budgets,
+        vals=vals,
+        idx=idx,
+        row_ptr=row_ptr,
+        **_encoding(x, W_enc, b_enc, precision, forced),
+    )
+    return vals, idx, row_ptr
+
+
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    thresholds: Tensor,
+    limit: int | None = None,
+    precision: str = "screened",
+    *,
+    forced: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`fastsae.reference.encode_threshold`."""
+    row_ptr = torch.empty(len(x) + 1, dtype=torch.int64)
+    found = _C.encode_threshold(
+        thresholds=thresholds,
+        limit=limit,
+        allocate=_empty_pairs,
+        row_ptr=row_ptr,
+        **_encoding(x, W_enc, b_enc, precision, forced),
+    )
+    if found is None:
+        raise TooManyPairs(f"more than {limit} pairs pass their thresholds")
+    return *found, row_ptr
 
 
 def decode_fwd(

@@ -6,13 +6,14 @@ a second backward raises. Each backend call is a registered custom op with a fak
 torch.compile traces through.
 
 Backends are "reference" (torch, any device and dtype), "cpu" (C++; float32 and bfloat16 on a CPU)
-and "triton" (float32 and bfloat16 on a GPU). `backend=None` takes "cpu" or "triton" where
+and "triton" (float32, bfloat16 and float16 on a GPU). `backend=None` takes "cpu" or "triton" where
 they can and else "reference".
 """
 
 import importlib
 import importlib.util
 import weakref
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -26,7 +27,7 @@ from fastsae import cpu, reference
 BACKENDS = ("reference", "cpu", "triton")
 Precision = Literal["screened", "fp32", "bf16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
-TRITON_DTYPES = (torch.float32, torch.bfloat16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def choose_backend(*tensors: Tensor | None) -> str:
@@ -101,6 +102,27 @@ def _empty_vals(x: Tensor, W_enc: Tensor, *shape: Any) -> Tensor:
 def _(x, W_enc, b_enc, k, latents, scale, absolute, guide, W_dec, precision, backend):
     vals = _empty_vals(x, W_enc, x.shape[0], k)
     return vals, vals.new_empty(x.shape[0], k, dtype=torch.int32)
+
+
+@torch.library.custom_op("fastsae::encode_groups", mutates_args=())
+def _encode_groups(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, groups: int, precision: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    encode, width = _kernel(backend, "encode", "encode"), len(W_enc) // groups
+    found = []
+    for first in range(0, len(W_enc), width):
+        some = slice(first, first + width)
+        b = None if b_enc is None else b_enc[some]
+        vals, idx = encode(x, W_enc[some], b, 1, None, precision)
+        found.append((vals, torch.where(idx < 0, idx, idx + first)))
+    vals, order = torch.cat([v for v, _ in found], 1).sort(dim=1, descending=True, stable=True)
+    return vals, torch.cat([i for _, i in found], 1).gather(1, order)
+
+
+@_encode_groups.register_fake
+def _(x, W_enc, b_enc, groups, precision, backend):
+    vals = _empty_vals(x, W_enc, x.shape[0], groups)
+    return vals, vals.new_empty(x.shape[0], groups, dtype=torch.int32)
 
 
 def _empty_rows(x: Tensor, W_enc: Tensor, room: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,12 +294,25 @@ class RowGradient(NamedTuple):
     """`inverse_index` of idx, where it is known."""
 
 
+class BlockGradient(NamedTuple):
+    """A share of the gradients of parameters (F, ·), made block by block where it is asked for."""
+
+    parameters: tuple[Tensor, ...]
+    rows: Callable[[int, int], tuple[Tensor, ...]]
+    """(start, stop) → rows start .. stop of each parameter's gradient, from the same rows of all
+    parameters as they are then."""
+    block: int
+    """How many rows to ask for at once."""
+
+
 class RowGradientReceiver(Protocol):
     """What takes row gradients while `receiving`: `fastsae.optim.Adam`."""
 
     receiving: bool
 
     def receive(self, p: Tensor, gradient: RowGradient) -> None: ...
+
+    def receive_blocks(self, gradient: BlockGradient) -> None: ...
 
 
 class _Receiver:
@@ -307,12 +342,25 @@ def set_sparse_gradient(p: Tensor, sparse: bool = True) -> None:
     setattr(p, _SPARSE, sparse)
 
 
+def _receiver(p: Tensor) -> RowGradientReceiver | None:
+    holder: _Receiver | None = getattr(p, _RECEIVER, None)
+    return None if holder is None else holder.get()
+
+
+def hand_over(gradient: BlockGradient) -> bool:
+    """Whether one receiver of all the parameters took the gradient; else nothing did."""
+    receivers = [_receiver(p) for p in gradient.parameters]
+    if not receivers or receivers[0] is None or any(r is not receivers[0] for r in receivers):
+        return False
+    receivers[0].receive_blocks(gradient)
+    return True
+
+
 def _undense_gradient(
     W: Tensor, coef: Tensor, idx: Tensor, src: Tensor, row_ptr: Tensor | None, backend: str
 ) -> tuple[bool, Tensor | None]:
     """Whether W's gradient is wanted in another form than dense, and what to return for it then."""
-    holder: _Receiver | None = getattr(W, _RECEIVER, None)
-    receiver = None if holder is None else holder.get()
+    receiver = _receiver(W)
     if receiver is not None:
         receiver.receive(W, RowGradient(coef, idx, src, row_ptr))
         return True, None
@@ -549,6 +597,29 @@ def encode(
     return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, _encode, *options)
 
 
+def encode_groups(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    pre_bias: Tensor | None = None,
+    *,
+    groups: int,
+    precision: Precision = "screened",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `encode`, of each token's largest positive value in each of `groups` runs of F / groups.
+
+    vals and idx (N, groups), by value descending, then latent ascending; padding where no value of
+    a group is positive.
+    """
+    _check_encoder(x, W_enc, b_enc, pre_bias, precision)
+    if groups < 1 or len(W_enc) % groups:
+        raise ValueError(f"groups: expected a divisor of F = {len(W_enc)}, got {groups}")
+    backend = _resolve(backend, x, W_enc, b_enc, pre_bias)
+    options = (groups, precision)
+    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, _encode_groups, *options)
+
+
 def encode_batch(
     x: Tensor,
     W_enc: Tensor,
@@ -672,6 +743,22 @@ def decode(
     return DecodeFunction.apply(
         vals.contiguous(), idx.contiguous(), W_dec, b_dec, row_ptr, dtype or W_dec.dtype, backend
     )
+
+
+def pair_dots(
+    g: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    row_ptr: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """<g[n], W_dec[idx]> of each pair, in idx's shape, 0 for padding; g (N, D). A constant."""
+    _check(W_dec, "W_dec", (None, None))
+    n_tokens = len(idx) if row_ptr is None else len(row_ptr) - 1
+    _check(g, "g", (n_tokens, W_dec.shape[1]))
+    backend = _resolve(backend, g, W_dec)
+    return _decode_bwd_vals(g.detach(), idx, W_dec.detach(), row_ptr, backend)
 
 
 def reconstruction_error(

@@ -8,7 +8,9 @@
 A batch touches nnz pairs of W_enc and W_dec. Plain autograd spreads their gradients over two F×D
 matrices, which the optimiser reads again. Between `zero_grad` and `step` this one has the ops leave
 the pairs with it instead (`RowGradient`), and sums a row's gradient when it updates the row: no F×D
-gradient exists. In that time `.grad` of 2-D parameters stays None, so clip with `clip=`, not with
+gradient exists. A step that keeps no pairs (`fastsae.blocked`) leaves a `BlockGradient`: its rows
+are made block by block when they are updated, and once more before that for the norm that `clip`
+wants. In that time `.grad` of 2-D parameters stays None, so clip with `clip=`, not with
 torch.nn.utils.clip_grad_norm_, and ask for other gradients of them (torch.autograd.grad) at another
 time. A backward outside of it gives dense gradients as usual, and `step` takes those too.
 """
@@ -16,8 +18,8 @@ time. A backward outside of it gives dense gradients as usual, and `step` takes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +35,8 @@ class Adam(torch.optim.Optimizer):
     for float64 parameters). With betas[0] = 0 an untouched row does not move, so its second moment
     is caught up when it is next touched, which is exact too and leaves untouched rows unread.
 
-    lazy: untouched rows keep their moments and values, as in torch.optim.SparseAdam; not Adam.
+    lazy: untouched rows keep their moments and values, as in torch.optim.SparseAdam; not Adam. A
+    dense or a block gradient touches all rows.
     clip: scales the whole gradient down to this global norm.
     weight_decay: decoupled (AdamW); ValueError with lazy, where it cannot be exact.
     unit_rows: parameters whose rows have norm 1: the gradient's part along a row is removed before
@@ -89,11 +92,16 @@ class Adam(torch.optim.Optimizer):
                 ops.collect_row_gradients(p, self)
         self.receiving = False
         self.row_gradients: dict[int, list[ops.RowGradient]] = {}
+        self.block_gradients: list[ops.BlockGradient] = []
         self.indices: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     def receive(self, p: Tensor, gradient: ops.RowGradient) -> None:
         """Takes a share of p's gradient; called by the ops during backward."""
         self.row_gradients.setdefault(id(p), []).append(gradient)
+
+    def receive_blocks(self, gradient: ops.BlockGradient) -> None:
+        """Takes a share of the gradients of several parameters; called during backward."""
+        self.block_gradients.append(gradient)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients; from here until `step`, backward leaves row gradients here."""
@@ -108,20 +116,46 @@ class Adam(torch.optim.Optimizer):
         A 0-d tensor with backend "triton".
         """
         squares = (
-            ops.gradient_square_norm(*self._gradients(p), backend=self.backend)
-            for group in self.param_groups
-            for p in group["params"]
-            if self._has_gradient(p)
+            ops.gradient_square_norm(
+                piece.of(p), piece.dense, piece.gradients, self._is_unit(p), backend=self.backend
+            )
+            for p, piece in self._pieces()
         )
         square = sum(squares)
         return square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)
 
-    def _has_gradient(self, p: Tensor) -> bool:
-        return p.grad is not None or id(p) in self.row_gradients
+    def _is_unit(self, p: Tensor) -> bool:
+        return id(p) in self.unit_rows
 
-    def _gradients(self, p: Tensor) -> tuple[Tensor, Tensor | None, list[ops.RowGradient], bool]:
-        gradients = [self._indexed(g, p) for g in self.row_gradients.get(id(p), [])]
-        return p, p.grad, gradients, id(p) in self.unit_rows
+    def _owned(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        return ((p, group) for group in self.param_groups for p in group["params"])
+
+    def _has_gradient(self, p: Tensor) -> bool:
+        return p.grad is not None or id(p) in self.row_gradients or self._is_blocked(p)
+
+    def _is_blocked(self, p: Tensor) -> bool:
+        return any(p is q for g in self.block_gradients for q in g.parameters)
+
+    def _pieces(self) -> Iterator[tuple[Tensor, _Piece]]:
+        """All gradients: a parameter's whole one, or blocks of rows that are there one by one."""
+        for p, _ in self._owned():
+            if self._has_gradient(p) and not self._is_blocked(p):
+                gradients = [self._indexed(g, p) for g in self.row_gradients.get(id(p), [])]
+                yield p, _Piece(None, p.grad, gradients)
+        for n_rows in sorted({len(g.parameters[0]) for g in self.block_gradients}):
+            together = [g for g in self.block_gradients if len(g.parameters[0]) == n_rows]
+            block = min(g.block for g in together)
+            for start in range(0, n_rows, block):
+                stop = min(start + block, n_rows)
+                dense: dict[Tensor, Tensor] = {}
+                for g in together:
+                    for p, rows in zip(g.parameters, g.rows(start, stop), strict=True):
+                        dense[p] = dense[p] + rows if p in dense else rows
+                for p, rows in dense.items():
+                    rows = rows if p.grad is None else rows + p.grad[start:stop]
+                    gradients = self.row_gradients.get(id(p), [])
+                    gradients = [_of_rows(g, start, stop) for g in gradients]
+                    yield p, _Piece(slice(start, stop), rows, gradients)
 
     def _indexed(self, g: ops.RowGradient, p: Tensor) -> ops.RowGradient:
         """g with its index, which the gradients of W_enc and W_dec from the same codes share."""
@@ -136,6 +170,7 @@ class Adam(torch.optim.Optimizer):
 
     def _forget_row_gradients(self) -> None:
         self.row_gradients.clear()
+        self.block_gradients.clear()
         self.indices.clear()
 
     @torch.no_grad()
@@ -148,15 +183,16 @@ class Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if self._has_gradient(p):
-                    self._initialize(p, group)
+        owned = [(p, group) for p, group in self._owned() if self._has_gradient(p)]
+        for p, group in owned:
+            self._initialize(p, group)
         scale = self._scale(valid)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if scale is not None and self._has_gradient(p):
-                    self._update(p, group, scale)
+        if scale is not None:
+            for p, _ in owned:
+                self.state[p]["step"] += scale.isfinite() if isinstance(scale, Tensor) else 1
+            groups = {id(p): group for p, group in owned}
+            for p, piece in self._pieces():
+                self._update(p, piece, groups[id(p)], scale)
         self._forget_row_gradients()
         self.receiving = False
         return result
@@ -191,8 +227,7 @@ class Adam(torch.optim.Optimizer):
 
     def _scale(self, valid: Tensor | None) -> float | Tensor | None:
         """What the gradient is multiplied with; None, or NaN on the device: do not update."""
-        owned = (p for group in self.param_groups for p in group["params"])
-        on_device = any(self._on_device(p) for p in owned)
+        on_device = any(self._on_device(p) for p, _ in self._owned())
         if valid is not None and not on_device and not bool(valid):
             return None
         scale: float | Tensor = 1.0
@@ -226,15 +261,20 @@ class Adam(torch.optim.Optimizer):
         rows = len(reference.as_rows(p))
         state["last"] = torch.zeros(rows, dtype=torch.int32, device=p.device)
 
-    def _update(self, p: Tensor, group: dict[str, Any], scale: float | Tensor) -> None:
+    def _update(
+        self, p: Tensor, piece: _Piece, group: dict[str, Any], scale: float | Tensor
+    ) -> None:
         beta1, beta2 = group["betas"]
         state = self.state[p]
-        state["step"] += scale.isfinite() if isinstance(scale, Tensor) else 1
+        m = state.get("exp_avg")
         ops.adam_(
-            *self._gradients(p),
-            m=state.get("exp_avg"),
-            v=state["exp_avg_sq"],
-            last=state["last"],
+            piece.of(p),
+            piece.dense,
+            piece.gradients,
+            self._is_unit(p),
+            m=None if m is None else piece.of(m),
+            v=piece.of(state["exp_avg_sq"]),
+            last=piece.of(state["last"]),
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
@@ -246,3 +286,20 @@ class Adam(torch.optim.Optimizer):
             stochastic_rounding=self.bf16_state,
             backend=self.backend,
         )
+
+
+class _Piece(NamedTuple):
+    """The gradient of some rows of a parameter."""
+
+    rows: slice | None
+    """None: all of them, of a parameter of any shape."""
+    dense: Tensor | None
+    gradients: list[ops.RowGradient]
+
+    def of(self, t: Tensor) -> Tensor:
+        return t if self.rows is None else t[self.rows]
+
+
+def _of_rows(g: ops.RowGradient, start: int, stop: int) -> ops.RowGradient:
+    there = (g.idx >= start) & (g.idx < stop)
+    return g._replace(idx=(g.idx - start).where(there, -1))

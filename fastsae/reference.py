@@ -236,7 +236,8 @@ def _check_budgets(budgets: Tensor, n_tokens: int, room: int) -> None:
     if budgets.dtype != torch.int32:
         raise TypeError(f"budgets: expected torch.int32, got {budgets.dtype}")
     if budgets.device.type == "cpu":
-        _check_ids(budgets, "budgets", 0, 2**31)
+        if len(budgets) and int(budgets.min()) < 0:
+            raise ValueError(f"budgets: expected at least 0, got {int(budgets.min())}")
         needed = int(budgets.clamp(max=n_tokens).sum())
         if needed > room:
             raise ValueError(f"room: expected at least Σ min(budgets, N) = {needed}, got {room}")

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastsae import ops
+from fastsae import losses, ops
 from fastsae.codes import Codes
-from fastsae.selection import Selection, TopK
+from fastsae.selection import Call, Selected, Selection, State, TopK
 
 DTYPES = {
     "float32": torch.float32,
@@ -56,8 +56,10 @@ class SAEConfig:
     """Rows of W_dec: kept at norm 1 with their gradient projected, or free."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Of the parameters; on a CPU, float16 and float64 run on the reference backend."""
+    auxk: losses.AuxK = "dictionary_learning"
+    """Whose AuxK loss on dead latents: see `fastsae.losses.auxk`."""
     auxk_coef: float = 1 / 32
-    """Weight of the AuxK loss on dead latents; 0 turns it off."""
+    """Weight of the AuxK loss; 0 turns it off."""
     k_aux: int | None = None
     """Dead latents a token in the AuxK loss; None: d_in // 2."""
     dead_after: int = 10_000_000
@@ -86,6 +88,8 @@ class SAEConfig:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.decoder_norm not in ("unit", "free"):
             raise ValueError(f"decoder_norm: expected unit or free, got {self.decoder_norm!r}")
+        if self.auxk not in losses.AUXK:
+            raise ValueError(f"auxk: expected one of {', '.join(losses.AUXK)}, got {self.auxk!r}")
         for name in ("auxk_coef", "multi_topk_coef"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
@@ -121,12 +125,13 @@ class SAEConfig:
 class SAEOutput:
     """What an SAE makes of a batch. Losses are 0-d and in the scaled space."""
 
-    codes: Codes
-    """Of the N tokens, leading dimensions flattened."""
+    codes: Codes | None
+    """Of the N tokens, leading dimensions flattened; None where they are too dense to be kept."""
     loss: Tensor
-    """What training minimises: mse + auxk_coef·auxk + multi_topk_coef·multi_topk."""
+    """What training minimises: mse (or nested) + auxk_coef·auxk + … + the rule's own terms."""
     losses: dict[str, Tensor]
-    """The terms by name: "mse" always, "auxk" and "multi_topk" where they apply."""
+    """The terms by name, not weighted: "mse" always; "nested" (the weighted mse of prefixes of the
+    codes), "auxk", "multi_topk" and those of the selection rule where they apply."""
     metrics: dict[str, Tensor]
     """"l0", the mean number of active latents a token, and in training "n_dead"."""
     reconstruction: Tensor | None
@@ -149,6 +154,10 @@ class SAE(nn.Module):
     input_scale: Tensor
     output_scale: Tensor
     tokens_since_fired: Tensor
+    selection_state: State
+    """What the selection rule trains and tracks."""
+    progress: float
+    """Share of the training steps done, for the rule's schedules; 1 outside of a Trainer."""
 
     def __init__(
         self,
@@ -187,6 +196,8 @@ class SAE(nn.Module):
         self.register_buffer("output_scale", torch.ones((), device=device))
         since = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.register_buffer("tokens_since_fired", since, persistent=False)
+        self.selection_state = State(config.selection.state(d_in, d_sae)).to(device)
+        self.progress = 1.0
 
     # ---- codes ----
 
@@ -212,19 +223,45 @@ class SAE(nn.Module):
     def _pre_bias(self) -> Tensor | None:
         return self.b_dec if self.config.apply_b_dec_to_input else None
 
-    def _select(self, x: Tensor, selection: Selection) -> Codes:
-        return selection.encode(
-            x,
+    def _call(self, tokens: Tensor, gradient: Tensor | None, target: Tensor | None = None) -> Call:
+        if gradient is not None:  # of the scaled tokens
+            gradient = self._wide(self._tokens(gradient, self.config.d_in, "gradient"))
+            if len(gradient) != len(tokens):
+                raise ValueError(f"gradient: expected {len(tokens)} tokens, got {len(gradient)}")
+            gradient = gradient / self.input_scale
+        return Call(
+            tokens,
             self.W_enc,
             self.b_enc,
             self._pre_bias,
+            self.W_dec,
+            self.selection_state,
+            b_dec=self.b_dec,
+            target=target,
+            gradient=gradient,
+            training=self.training,
+            progress=self.progress,
             precision=self.precision,
             backend=self.backend,
         )
 
-    def encode(self, x: Tensor) -> Codes:
-        """The codes of x (…, D), its leading dimensions flattened to N tokens."""
-        return self._select(self._scaled(x), self.config.selection)
+    def encode(
+        self, x: Tensor, gradient: Tensor | None = None, *, training: bool | None = None
+    ) -> Codes:
+        """The codes of x (…, D), its leading dimensions flattened to N tokens.
+
+        In the rule's form for training or for inference, by default as the module is; inference,
+        too, where that for training keeps no codes. gradient: of a language model's loss at x, for
+        rules that look at it.
+        """
+        call = self._call(self._scaled(x), gradient)
+        call.training = self.training if training is None else training
+        codes = self.config.selection.select(call).codes
+        if codes is None:  # a rule that keeps none above a density, and looks at each pair alone
+            call.training = False
+            codes = self.config.selection.select(call).codes
+            assert codes is not None
+        return codes
 
     def decode(self, codes: Codes, x: Tensor | None = None) -> Tensor:
         """The reconstruction (N, D_out) of codes; a skip connection needs their input x (…, D)."""
@@ -253,16 +290,24 @@ class SAE(nn.Module):
 
     # ---- losses ----
 
-    def forward(self, x: Tensor, target: Tensor | None = None) -> SAEOutput:
+    def forward(
+        self, x: Tensor, target: Tensor | None = None, gradient: Tensor | None = None
+    ) -> SAEOutput:
         """Codes, losses and reconstruction of x (…, D); a transcoder needs its target (…, D_out).
 
-        In training mode it also counts which latents fired and adds the AuxK loss when some are
-        dead. A transcoder without a target has a reconstruction and a loss of NaN.
+        In training mode it also counts which latents fired, updates what the selection rule tracks
+        and adds the AuxK loss when some latents are dead. A transcoder without a target has a
+        reconstruction and a loss of NaN.
         """
-        return self.losses(x, target, reconstruct=True)
+        return self.losses(x, target, gradient, reconstruct=True)
 
     def losses(
-        self, x: Tensor, target: Tensor | None = None, *, reconstruct: bool = False
+        self,
+        x: Tensor,
+        target: Tensor | None = None,
+        gradient: Tensor | None = None,
+        *,
+        reconstruct: bool = False,
     ) -> SAEOutput:
         """As `forward`, without the reconstruction unless asked for: what a training step needs."""
         c = self.config
@@ -283,38 +328,71 @@ class SAE(nn.Module):
         if skipped is not None:
             y = y - skipped
 
-        multi = bool(self.training and c.multi_topk_coef)
-        if multi:
-            assert isinstance(c.selection, TopK)
-            wide = self._select(tokens, c.selection.widened(4, c.d_sae))
-            k = c.selection.k  # rows are in selection order, so their first k are the codes
-            codes = Codes(wide.vals[:, :k], wide.idx[:, :k], c.d_sae)
-        else:
-            codes = self._select(tokens, c.selection)
-        n = max(len(tokens), 1)
+        call = self._call(tokens, gradient, y)
+        multi = self._multi_topk(call)
+        selected = multi or c.selection.select(call)
+        if multi is not None:
+            selected = self._first_k(multi)
+        codes, n = selected.codes, max(len(tokens), 1)
+        xhat: Tensor | None
         elements = n * y.shape[1]
-        sse, error, xhat = self._error(codes, self.b_dec, y, reconstruct)
-        loss = sse / elements
-        losses = {"mse": loss}
-        metrics = {"l0": (codes.vals.detach() != 0).sum() / n}
-        if multi:
-            losses["multi_topk"] = self._error(wide, self.b_dec, y)[0] / elements
-            loss = loss + c.multi_topk_coef * losses["multi_topk"]
+        nested = None
+        if codes is None:
+            assert selected.reconstruction is not None
+            xhat = selected.reconstruction.x_hat
+            error = xhat - y
+            sse, l0 = error.square().sum(), selected.reconstruction.l0
+        else:
+            parts = c.selection.parts(codes) if self.training else None
+            if parts is None:
+                sse, error, xhat = self._error(codes, self.b_dec, y, reconstruct)
+            else:
+                nested, sse, error = losses.nested_error(self._error, parts, self.b_dec, y)
+                xhat = error + y
+            l0 = (codes.vals.detach() != 0).sum() / n
+        terms = {"mse": sse / elements}
+        loss = terms["mse"]
+        if nested is not None:
+            loss = terms["nested"] = nested / elements
+        if multi is not None and multi.codes is not None:
+            terms["multi_topk"] = self._error(multi.codes, self.b_dec, y)[0] / elements
+            loss = loss + c.multi_topk_coef * terms["multi_topk"]
+        for name, (coef, term) in selected.terms.items():
+            terms[name] = term
+            loss = loss + coef * term
+        metrics = {"l0": l0}
         if self.training:
-            is_dead = self._count_fired(codes)
+            is_dead = self._count_fired(selected, len(tokens))
             metrics["n_dead"] = is_dead.sum()
             if c.auxk_coef:  # waits for a GPU: how many are dead decides shapes
-                dead = is_dead.nonzero()[:, 0].to(torch.int32)
-                if len(dead):
-                    losses["auxk"] = self._auxk(tokens, sse.detach(), error.detach(), dead)
-                    loss = loss + c.auxk_coef * losses["auxk"]
+                dead = c.selection.revivable(self.selection_state, is_dead)
+                latents = dead.nonzero()[:, 0].to(torch.int32)
+                if len(latents):
+                    terms["auxk"] = self._auxk(tokens, y, sse, error, latents)
+                    loss = loss + c.auxk_coef * terms["auxk"]
+            with torch.no_grad():
+                c.selection.observe(call, selected)
         reconstruction = None
-        if xhat is not None:
+        if reconstruct:
+            assert xhat is not None
             if skipped is not None:
                 xhat = xhat + skipped
             xhat = (xhat / self._out_scale).to(x.dtype)
             reconstruction = xhat.reshape(*x.shape[:-1], self.b_dec.numel())
-        return SAEOutput(codes, loss, losses, metrics, reconstruction)
+        return SAEOutput(codes, loss, terms, metrics, reconstruction)
+
+    def _multi_topk(self, call: Call) -> Selected | None:
+        """The codes with 4k latents a token, where the Multi-TopK loss wants them."""
+        c = self.config
+        if not (self.training and c.multi_topk_coef):
+            return None
+        assert isinstance(c.selection, TopK)
+        return c.selection.widened(4, c.d_sae).select(call)
+
+    def _first_k(self, wide: Selected) -> Selected:
+        assert isinstance(self.config.selection, TopK) and wide.codes is not None
+        k = self.config.selection.k  # rows are in selection order, so their first k are the codes
+        return Selected(Codes(wide.codes.vals[:, :k], wide.codes.idx[:, :k], self.config.d_sae))
 
     def _error(
         self, codes: Codes, b_dec: Tensor | None, target: Tensor, reconstruct: bool = False
@@ -331,38 +409,37 @@ class SAE(nn.Module):
         )
 
     @torch.no_grad()
-    def _count_fired(self, codes: Codes) -> Tensor:
+    def _count_fired(self, selected: Selected, n_tokens: int) -> Tensor:
         """Updates tokens_since_fired with this batch; returns which latents are dead (F)."""
-        self.tokens_since_fired += codes.n_tokens
-        nowhere = self.config.d_sae
-        fired = torch.zeros(nowhere + 1, dtype=torch.bool, device=codes.idx.device)
-        fired.index_fill_(0, codes.idx.where(codes.vals != 0, nowhere).reshape(-1).long(), True)
-        self.tokens_since_fired.masked_fill_(fired[:-1], 0)
+        self.tokens_since_fired += n_tokens
+        if selected.codes is None:
+            assert selected.reconstruction is not None
+            fired = selected.reconstruction.fired
+        else:
+            vals, idx, nowhere = selected.codes.vals, selected.codes.idx, self.config.d_sae
+            fired = torch.zeros(nowhere + 1, dtype=torch.bool, device=idx.device)
+            fired.index_fill_(0, idx.where(vals != 0, nowhere).reshape(-1).long(), True)
+            fired = fired[:-1]
+        self.tokens_since_fired.masked_fill_(fired, 0)
         return self.tokens_since_fired >= self.config.dead_after
 
-    def _auxk(self, tokens: Tensor, sse: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        """How badly the dead latents reconstruct what the live ones left (AuxK; Gao et al. 2024).
-
-        ‖e - ê‖² / ‖e - ē‖² over the batch, with e = x - x̂ held constant, ê the decoded k_aux
-        largest positive pre-activations among dead latents (no bias), ē the batch mean of e; 0
-        where e is constant up to rounding (one token, or equal ones).
-        """
-        k = min(self.config.k_aux or max(1, self.config.d_in // 2), len(dead))
+    def _auxk(self, tokens: Tensor, y: Tensor, sse: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+        c = self.config
+        k_aux = c.k_aux or max(1, c.d_in // 2)
         vals, idx = ops.encode(
             tokens,
             self.W_enc,
             self.b_enc,
             self._pre_bias,
-            k=k,
+            k=min(k_aux, len(dead)),
             latents=dead,
             precision=self.precision,
             backend=self.backend,
         )
-        codes = Codes(vals, idx, self.config.d_sae)
-        aux = self._error(codes, None, -error)[0]
-        mean = ops.column_sum(error, backend=self.backend) / len(error)
-        variance = sse - len(error) * (mean * mean).sum()
-        return aux / variance.where(variance > 1e-5 * sse, torch.inf)  # inf: no NaN in the gradient
+        codes, share = Codes(vals, idx, c.d_sae), min(len(dead) / k_aux, 1)
+        return losses.auxk(
+            c.auxk, self._error, codes, self.b_dec, y, sse, error, share, self.backend
+        )
 
     # ---- the decoder's norm ----
 
@@ -431,8 +508,24 @@ class SAE(nn.Module):
         ):
             if p is not None and factor != 1:
                 p.mul_(float(factor))
+        self.config.selection.rescale_(self.selection_state, float(1 / s_out))
         self.input_scale.fill_(1)
         self.output_scale.fill_(1)
+        return self
+
+    @torch.no_grad()
+    def fold_decoder_norm_(self) -> SAE:
+        """Moves the norms of W_dec's rows into the encoder: same reconstruction, norms of 1.
+
+        ValueError where the selection would not be the same. Returns self.
+        """
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1, dtype=self._wide(self.W_dec).dtype)
+        norms = norms.where(norms > 0, 1)
+        self.config.selection.fold_norms_(self.selection_state, norms)
+        self.W_enc.copy_(self.W_enc * norms[:, None])
+        self.W_dec.copy_(self.W_dec / norms[:, None])
+        if self.b_enc is not None:
+            self.b_enc.copy_(self.b_enc * norms)
         return self
 
     # ---- files ----

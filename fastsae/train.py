@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fastsae import metrics, ops
 from fastsae.data import Batch, Batches, Source, in_order
 from fastsae.optim import Adam
+from fastsae.resample import resample_dead_
 from fastsae.sae import B_DEC_STARTS, SAE, SAEOutput
 
 OPTIMIZERS = ("adam", "adam-lazy", "torch-adam")
@@ -57,13 +58,16 @@ class TrainConfig:
     """Where b_dec starts."""
     init_rows: int = 8192
     """Training rows that the scale and b_dec are measured on."""
+    resample_every: int | None = None
+    """Steps between new starts of dead latents where the error is large; None: never."""
     log_every: int = 50
     """Steps between lines of log.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "init_rows", "log_every", "seed", "warmup_steps"):
+        optional = ("warmup_steps", "resample_every")
+        for name in ("steps", "batch_size", "init_rows", "log_every", "seed", *optional):
             value, least = getattr(self, name), 0 if name in ("seed", "warmup_steps") else 1
-            if value is None and name == "warmup_steps":
+            if value is None and name in optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name}: expected an integer, got {value!r}")
@@ -137,7 +141,7 @@ class Trainer:
     def initialize(self) -> None:
         """Measures scale and b_dec on the first training rows in their shuffled order."""
         n = min(self.config.init_rows, self.source.n_rows)
-        x, target = next(Batches(self.source, n, self.config.seed))
+        x, target, _ = next(Batches(self.source, n, self.config.seed))
         sae = self.sae
         device = sae.W_dec.device
         target = None if target is None else target.to(device)
@@ -148,10 +152,12 @@ class Trainer:
         sae, optimizer = self.sae, self.optimizer
         sae.train()
         device = sae.W_dec.device
-        target = None if batch.target is None else batch.target.to(device)
+        x, target, gradient = (None if t is None else t.to(device) for t in batch)
+        assert x is not None
+        sae.progress = min(1.0, self.step_count / self.config.steps)
         optimizer.zero_grad()
         try:
-            output = sae.losses(batch.x.to(device), target)
+            output = sae.losses(x, target, gradient)
         except ValueError as error:  # a source has finite rows, so it is the weights
             if "finite" not in str(error):
                 raise
@@ -174,6 +180,9 @@ class Trainer:
             optimizer.step()
             sae.normalize_decoder_()
         self.step_count += 1
+        every = self.config.resample_every
+        if every and self.step_count % every == 0:
+            resample_dead_(sae, optimizer, x, target, seed=self.config.seed + self.step_count)
         return output
 
     def run(
@@ -271,25 +280,35 @@ def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, floa
 
     fvu = Σ‖e‖² / Σ‖y - ȳ‖² over all rows (y = x, or a transcoder's target), explained_variance = 1
     - fvu, l0 the mean number of active latents a row, dead_share the share of latents that no row
-    activates.
+    activates. All in the selection rule's form of inference; where that is another one than it is
+    trained in, training_fvu and training_l0 are those of the latter, on batches of batch_size.
     """
     _check_widths(sae, source)
     was_training = sae.training
     sae.eval()
-    fvu = metrics.FVU()
-    fired = torch.zeros(sae.config.d_sae, dtype=torch.int64)
+    forms = {"": False}
+    if sae.config.selection.has_inference_form:
+        forms["training_"] = True
+    fvu = {form: metrics.FVU() for form in forms}
+    fired = {form: torch.zeros(sae.config.d_sae, dtype=torch.int64) for form in forms}
     device = sae.W_dec.device
     try:
-        for x, target in in_order(source, batch_size):
+        for x, target, gradient in in_order(source, batch_size):
             x = x.to(device)
-            codes = sae.encode(x)
-            fvu.update(x if target is None else target, sae.decode(codes, x))
-            fired += codes.firing_counts().to("cpu")
+            for form, training in forms.items():
+                g = gradient.to(device) if gradient is not None and training else None
+                codes = sae.encode(x, g, training=training)
+                fvu[form].update(x if target is None else target, sae.decode(codes, x))
+                fired[form] += codes.firing_counts().to("cpu")
     finally:
         sae.train(was_training)
-    return {
-        "fvu": fvu.value,
-        "explained_variance": fvu.explained_variance,
-        "l0": metrics.l0(fired, source.n_rows),
-        "dead_share": metrics.dead_share(fired),
+    figures = {
+        "fvu": fvu[""].value,
+        "explained_variance": fvu[""].explained_variance,
+        "l0": metrics.l0(fired[""], source.n_rows),
+        "dead_share": metrics.dead_share(fired[""]),
     }
+    if "training_" in forms:
+        figures["training_fvu"] = fvu["training_"].value
+        figures["training_l0"] = metrics.l0(fired["training_"], source.n_rows)
+    return figures

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from fastsae import SAE, SAEConfig, TopK, cpu, ops
 from fastsae.optim import Adam
+from fastsae.selection import ReLU
 
 BACKENDS = ("cpu", "reference")
 
@@ -323,3 +325,119 @@ def test_weights_share_the_index_of_their_codes(monkeypatch):
         sae.losses(batches(1)[0]).loss.backward()
         optimizer.step()
         assert len(built) == step  # for W_enc, W_dec, the norm and the update
+
+
+# ---- gradients that are made block by block ----
+
+
+@pytest.fixture
+def blocks(monkeypatch) -> Callable[[bool], None]:
+    """Steps keep no pairs, in blocks of 110 latents; or, when told so, all pairs."""
+    monkeypatch.setattr("fastsae.blocked.BLOCK", 110 * 48)
+
+    def keep(pairs: bool) -> None:
+        monkeypatch.setattr(
+            "fastsae.selection.per_pair.pair_limit", lambda n, f: n * f if pairs else -1
+        )
+
+    keep(False)
+    return keep
+
+
+def make_dense_by_nature(unit: bool = True, backend: str | None = None, **config: Any) -> SAE:
+    """AuxK and the norms in the penalty give W_enc and W_dec row gradients as well."""
+    rule = ReLU(l1_coef=1e-3, decoder_norm_weighted=True)
+    sae = make(unit, backend, selection=rule, **config)
+    with torch.no_grad():
+        assert sae.b_enc is not None
+        sae.b_enc[::7] = -100.0
+        sae.b_enc[1::7] = -3.0  # positive now and then
+    sae.tokens_since_fired[1::7] = 10**6
+    return sae
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("unit", [True, False], ids=["unit", "free"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"betas": (0.0, 0.99)},
+        {"lazy": True},
+        {"weight_decay": 0.1},
+        {"clip": 0.01},
+    ],
+    ids=["default", "beta1=0", "lazy", "decay", "clip"],
+)
+def test_blocks_are_updated_as_dense_gradients_are(blocks, backend, unit, options) -> None:
+    """With the pairs of AuxK and of the norms in the same rows, and some steps with pairs only."""
+    precise = backend == "reference"
+    config = {"dtype": "float64"} if precise else {}
+    ours, theirs = (make_dense_by_nature(unit, backend, **config) for _ in range(2))
+    rest = {name: value for name, value in options.items() if name not in ("clip", "lazy")}
+    cls = torch.optim.AdamW if "weight_decay" in rest else torch.optim.Adam
+    a, b = fused(ours, **options), cls(theirs.parameters(), lr=2e-3, **rest)
+    aux = False
+    for step, x in enumerate(batches(6)):
+        blocks(step == 2 and "lazy" not in options)  # lazy is Adam where all rows are touched
+        x = x.double() if precise else x
+        aux |= bool((ours.tokens_since_fired >= 150).any())
+        fused_step(ours, a, x)
+        dense_step(theirs, b, x, options.get("clip"))
+        if step == 3:
+            state = copy.deepcopy(a.state_dict())
+            a = fused(ours, **options)
+            a.load_state_dict(state)
+    assert aux
+    assert_same_parameters(ours, theirs, 1e-12 if precise else 4e-6)
+
+
+@pytest.mark.parametrize("unit", [True, False], ids=["unit", "free"])
+def test_the_norm_counts_blocks(blocks, unit) -> None:
+    ours, theirs = make_dense_by_nature(unit), make_dense_by_nature(unit)
+    optimizer = fused(ours)
+    optimizer.zero_grad()
+    for sae in (ours, theirs):
+        sae.losses(batches(1)[0]).loss.backward()
+    theirs.project_decoder_gradient_()
+    grads = [p.grad for p in theirs.parameters() if p.grad is not None]
+    expected = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt()
+    assert optimizer.gradient_norm() == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_blocks_of_several_backwards_add_up(blocks) -> None:
+    """Of batches with other block sizes, one with pairs, and a dense share; in two groups."""
+    ours, theirs = make_dense_by_nature(False), make_dense_by_nature(False)
+    optimizers = []
+    for sae, cls in ((ours, Adam), (theirs, torch.optim.Adam)):
+        others = [p for p in sae.parameters() if p is not sae.W_dec]
+        groups = [{"params": [sae.W_dec], "lr": 5e-3}, {"params": others}]
+        optimizers.append(cls(groups, lr=1e-3))
+    for sae, optimizer in zip((ours, theirs), optimizers, strict=True):
+        optimizer.zero_grad()
+        for i, x in enumerate(batches(3)):
+            blocks(i == 1)
+            sae.losses(x[: 48 - 7 * i]).loss.backward()
+        (1e-3 * sae.W_enc.square().sum()).backward()
+    assert len(optimizers[0].block_gradients) == 2 and ours.W_dec.grad is None
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_same_parameters(ours, theirs, 4e-6)
+
+
+def test_blocks_are_forgotten(blocks) -> None:
+    """By zero_grad, and by a step that is not valid."""
+    sae = make_dense_by_nature()
+    optimizer = fused(sae)
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    optimizer.zero_grad()
+    sae.losses(batches(1)[0]).loss.backward()
+    assert optimizer.block_gradients
+    optimizer.step(valid=torch.tensor(False))
+    assert not optimizer.block_gradients
+    optimizer.zero_grad()
+    sae.losses(batches(1)[0]).loss.backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    for name, p in sae.named_parameters():
+        assert torch.equal(p, before[name]), name

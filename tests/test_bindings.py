@@ -38,6 +38,10 @@ def index() -> tuple[torch.Tensor, ...]:
     return cpu.inverse_index(random_codes(N, K, F)[1], F)
 
 
+def allocate(nnz: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(nnz), torch.empty(nnz, dtype=torch.int32)
+
+
 def good_arguments() -> dict[str, dict[str, object]]:
     """Arguments that work, for each function."""
     vals, idx = random_codes(N, K, F)
@@ -51,11 +55,26 @@ def good_arguments() -> dict[str, dict[str, object]]:
     error = {"W_dec": weight, "b_dec": bias, "target": wide, "error": torch.empty(N, D)}
     error["reconstruction"] = torch.empty(N, D)
     segments = [(latent_ptr, token, entry, vals.view(-1), wide)]
+    encoding = {"x": wide, "W_enc": weight, "b_enc": randn(F)}
+    encoding |= {"screen": "fp32", "rounded": False, "block_tokens": 0}
+    rows = {"vals": torch.empty(NNZ), "idx": torch.empty(NNZ, dtype=torch.int32)}
+    rows["row_ptr"] = torch.empty(N + 1, dtype=torch.int64)
     calls: dict[str, dict[str, object]] = {
         "encode": {
-            **{"x": wide, "W_enc": weight, "b_enc": randn(F), "latents": ids},
+            **{**encoding, "latents": ids, "scale": None, "absolute": False},
+            **{"guide": None, "W_dec": None},
             **{"vals": torch.empty(N, K), "idx": torch.empty(N, K, dtype=torch.int32)},
-            **{"screen": "fp32", "rounded": False, "block_tokens": 0},
+        },
+        "encode-scored": {
+            **{**encoding, "latents": ids, "scale": randn(F).abs(), "absolute": True},
+            **{"guide": randn(N, 5), "W_dec": randn(F, 5)},
+            **{"vals": torch.empty(N, K), "idx": torch.empty(N, K, dtype=torch.int32)},
+        },
+        "encode_batch": {**encoding, "scale": randn(F).abs(), "absolute": False, **rows},
+        "encode_columns": {**encoding, "budgets": torch.ones(F, dtype=torch.int32), **rows},
+        "encode_threshold": {
+            **{**encoding, "thresholds": randn(F), "limit": 1000, "allocate": allocate},
+            "row_ptr": rows["row_ptr"],
         },
         "decode_fwd": {**padded, "W_dec": weight, "b_dec": bias, "out": torch.empty(N, D)},
         "decode_fwd-ragged": {**flat, "W_dec": weight, "b_dec": bias, "out": torch.empty(N, D)},
@@ -111,14 +130,18 @@ def none_for_each() -> None:
     for name in good_arguments():
         own = {"dvals"} if name.startswith("decode_error") else set()
         own |= {"coef"} if name == "column_sum" else set()
-        own |= set() if name.endswith("ragged") else {"row_ptr"}
+        own |= {"scale", "limit"} if name.startswith("encode") else set()
+        own |= {"guide", "W_dec"} if name == "encode" else set()
+        own |= set() if name.endswith("ragged") or name.startswith("encode") else {"row_ptr"}
         for argument in good_arguments()[name]:
             args = {**good_arguments()[name], argument: None}
             if argument in optional | own:
                 call(name, args)
                 continue
-            # Without row_ptr the shape of idx is a wrong one; beta1 above 0 needs m.
-            wrong_value = argument == "row_ptr" or (name, argument) == ("adam", "m")
+            # Without row_ptr the shape of idx is a wrong one; beta1 above 0 needs m; guide W_dec.
+            wrong_value = argument == "row_ptr" and name.endswith("ragged")
+            wrong_value |= (name, argument) == ("adam", "m")
+            wrong_value |= name == "encode-scored" and argument in ("guide", "W_dec")
             with pytest.raises(ValueError if wrong_value else TypeError):
                 call(name, args)
 
@@ -171,9 +194,19 @@ OBJECTS = (None, 0, -1, 1.5, "", "fp32", [], (), {}, object(), torch.Tensor, flo
 NUMBERS = (0, -1, 1, 7, 1024, 1025, 2**31 - 1, 2**31, 2**62, 2**63 - 1, 2**63, -(2**63), 1.5, "2")
 
 
+ALLOCATES = (
+    lambda nnz: allocate(nnz + 1),
+    lambda nnz: allocate(nnz)[::-1],
+    lambda nnz: allocate(nnz)[:1],
+    lambda nnz: None,
+    lambda nnz: 1 // 0,
+    lambda: None,
+)
+
+
 def fuzz(seeds: int) -> None:
     """Calls with some arguments replaced; they may raise, and may not crash."""
-    allowed = (TypeError, ValueError, IndexError, MemoryError)
+    allowed = (TypeError, ValueError, IndexError, MemoryError, RuntimeError, ZeroDivisionError)
 
     @settings(
         max_examples=seeds,
@@ -197,6 +230,7 @@ def fuzz(seeds: int) -> None:
                 continue
             if not isinstance(value, torch.Tensor):
                 others = ISAS if argument == "isa" else NUMBERS
+                others = ALLOCATES if argument == "allocate" else others
                 args[argument] = data.draw(st.sampled_from([*others, *OBJECTS]))
                 continue
             change = data.draw(st.sampled_from([*TENSORS, "object"]))
@@ -256,11 +290,30 @@ def test_pretenders():
     run_child("from test_bindings import meet_pretenders; meet_pretenders()")
 
 
-@pytest.mark.parametrize("name", ["encode", "decode_fwd", "column_sum", "normalize_rows"])
+ENCODERS = ["encode", "encode_batch", "encode_columns", "encode_threshold"]
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, "decode_fwd", "column_sum", "normalize_rows"])
 @pytest.mark.parametrize("isa", ["AVX2", "mmx", "avx2 ", "\0"], ids=repr)
 def test_unknown_instruction_sets(name, isa):
     with pytest.raises(ValueError, match="isa: expected one of " + re.escape(", ".join(ISAS))):
         call(name, {**good_arguments()[name], "isa": isa})
+
+
+def test_allocate():
+    args = good_arguments()["encode_threshold"]
+    found = _C.encode_threshold(**args)
+    assert len(found[0]) == int(args["row_ptr"][-1]) > 0
+    assert _C.encode_threshold(**{**args, "limit": len(found[0]) - 1}) is None
+    for wrong, error, message in (
+        (lambda nnz: allocate(nnz + 1), ValueError, r"vals: expected shape \(\d+\), got"),
+        (lambda nnz: allocate(nnz)[::-1], TypeError, "vals: expected dtype float32, got int32"),
+        (lambda nnz: allocate(nnz)[:1], ValueError, "allocate: expected it to return vals and idx"),
+        (lambda nnz: 1 // 0, ZeroDivisionError, "division"),
+        ("allocate", TypeError, "allocate: expected a function, got .*str"),
+    ):
+        with pytest.raises(error, match=message):
+            _C.encode_threshold(**{**args, "allocate": wrong})
 
 
 # ---- writing ----
@@ -296,6 +349,9 @@ def test_nothing_is_written_beside_the_outputs(name, isa):
 def good_outputs(name: str) -> tuple[str, ...]:
     return {
         "encode": ("vals", "idx"),
+        "encode_batch": ("vals", "idx", "row_ptr"),
+        "encode_columns": ("vals", "idx", "row_ptr"),
+        "encode_threshold": ("row_ptr",),
         "decode_fwd": ("out",),
         "decode_error": ("error", "reconstruction", "dvals"),
         "decode_bwd_vals": ("dvals",),
@@ -369,7 +425,8 @@ WITHOUT_TORCH = """
     def work(threads, isa=""):
         for weights, v, i in ((W, "vals", "idx"), (half, "half_vals", "half_idx")):
             out = np.full((n, k), np.nan, np.float32), np.full((n, k), 77, np.int32)
-            C.encode(x, weights, b, None, *map(Tensor, out), "fp32", False, threads, 0, isa)
+            C.encode(x, weights, b, None, None, False, None, None, *map(Tensor, out), "fp32",
+                     False, threads, 0, isa)
             same(**{v: out[0], i: out[1]})
         error, dvals = np.empty((n, d), np.float32), np.empty((n, k), np.float32)
         sse = C.decode_error(vals, idx, None, W, None, x, Tensor(error), None, Tensor(dvals),

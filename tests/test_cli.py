@@ -44,8 +44,31 @@ def test_train_writes_a_run_that_loads(acts: Path, tmp_path: Path) -> None:
     assert lines[0]["config"]["train"]["seed"] == 3
     assert [line["step"] for line in lines[1:]] == [50, 60]
     sae = SAE.load(out)
-    assert sae.config.selection.to_dict() == {"name": "topk", "k": 4}
+    assert sae.config.selection.to_dict()["k"] == 4
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(96))
+
+
+def test_selection_and_its_parameters(acts: Path, tmp_path: Path) -> None:
+    options = ("--data", acts, "--d-sae", 96, "--batch-size", 64, "--steps", 6, "--holdout", 100)
+    out = tmp_path / "run"
+    parameters = ("--k", 4, "--selection.groups", "[0.5, 0.5]", "--selection.bias-term=false")
+    run("train", *options, "--out", out, "--selection", "matryoshka", *parameters)
+    selection = json.loads((out / "config.json").read_text())["selection"]
+    assert selection["name"] == "matryoshka" and selection["k"] == 4
+    assert selection["groups"] == [0.5, 0.5] and selection["bias_term"] is False
+    assert "training_l0" in json.loads((out / "metrics.json").read_text())
+
+    wrong = [
+        (("--selection", "bottomk"), "expected one of abs-topk, batchtopk"),
+        (("--selection", "topk", "--selection.depth", "3"), "topk has the parameters k, score"),
+        (("--selection.anneal",), "--selection.anneal: expected a value after it"),
+        (("--selection", "topk", "--selection.score", "norm"), "score: expected activation or"),
+        (("--selection", "gradient-topk"), "expected stored gradients, got none"),
+    ]
+    for extra, message in wrong:
+        done = run("train", *options, "--out", tmp_path / "no", *extra, code=1)
+        assert message in done.stderr and not (tmp_path / "no").exists()
+    assert "expected with train only" in run("info", "--selection.k", 3, code=1).stderr
 
 
 def test_same_seed_same_weights(acts: Path, tmp_path: Path) -> None:

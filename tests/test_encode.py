@@ -6,9 +6,11 @@ set of this CPU.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from common import (
@@ -284,6 +286,82 @@ def case_and_bits(name: str, dtype: torch.dtype) -> tuple[Case, tuple[Tensor, Te
     return case, expected
 
 
+# ---- what the other encoders promise: used by test_encode_batch, _columns and _threshold ----
+
+
+def pre_activations(case: Case) -> np.ndarray:
+    h = fixed_order_dot(case.x.float().numpy(), case.W_enc.float().numpy())
+    return h if case.b_enc is None else h + case.b_enc.numpy()
+
+
+def scores(
+    h: np.ndarray,
+    scale: Tensor | None = None,
+    absolute: bool = False,
+    guide: Tensor | None = None,
+    W_dec: Tensor | None = None,
+) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        score = np.abs(h) if absolute else h
+        if scale is not None:
+            score = score * scale.numpy()
+        if guide is not None and W_dec is not None:
+            dots = fixed_order_dot(guide.numpy(), W_dec.float().numpy())
+            score = score * (np.float32(1) + np.abs(dots))
+    assert score.dtype == np.float32
+    return score
+
+
+def as_rows(h: np.ndarray, score: np.ndarray, kept: np.ndarray, room: int) -> list[Tensor]:
+    vals, idx = np.zeros(room, np.float32), np.full(room, -1, np.int32)
+    row_ptr = np.zeros(len(h) + 1, np.int64)
+    for n in range(len(h)):
+        ids = kept[n].nonzero()[0]
+        ids = ids[np.lexsort((ids, -score[n, ids]))]
+        row_ptr[n + 1] = row_ptr[n] + len(ids)
+        entries = slice(row_ptr[n], row_ptr[n + 1])
+        vals[entries], idx[entries] = h[n, ids], ids
+    row_ptr[-1] = room
+    return [torch.from_numpy(t) for t in (vals, idx, row_ptr)]
+
+
+def assert_all_bits(got: tuple[Tensor, ...], expected: list[Tensor]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert_bits(one, other)
+
+
+@functools.cache
+def case_and_h(name: str, dtype: torch.dtype) -> tuple[Case, np.ndarray]:
+    """A case whose latents are all asked for, and its pre-activations."""
+    case = case_and_bits(name, dtype)[0]
+    return case, pre_activations(case)
+
+
+def all_ways() -> Iterator[dict[str, object]]:
+    for (isa, screen), (count, block) in itertools.product(VARIANTS, WAYS):
+        yield {"isa": isa, "screen": screen, "threads": count, "block_tokens": block}
+
+
+def odd_scale(n: int, seed: int = 0) -> Tensor:
+    """0, 1, numbers that differ in the last place, tiny and huge ones."""
+    scale = ulps(torch.ones(n), randint(4, n, seed=seed))
+    special = torch.tensor([0.0, 1.0, 1e-42, 1e-30, 1e30, 0.3])
+    return torch.where(randn(n, seed=seed + 1) > 0, scale, special[torch.arange(n) % 6])
+
+
+# Every product of the screen is rounded one way for the losers, the other for the winner: a margin
+# of 95 % of its size loses the winner, which comes when 200 losers have raised the threshold.
+def guide_rounds() -> tuple[Case, Tensor, Tensor]:
+    d, half_unit = 32, 2.0**-8
+    winner, loser = torch.full((d,), 1 + 0.98 * half_unit), torch.full((d,), 1 + 1.02 * half_unit)
+    winner[0], loser[0] = 1 + 2 * half_unit, 1
+    W_dec = torch.cat([torch.zeros(12_000, d), loser.repeat(200, 1), winner[None]])
+    b = torch.full((len(W_dec),), -1e6)
+    b[-201:] = 1
+    case = Case(torch.zeros(3, 1), torch.zeros(len(W_dec), 1), b, 1)
+    return case, torch.ones(3, d), W_dec
+
+
 @variants
 @weights
 @pytest.mark.parametrize("name", CASES)
@@ -407,6 +485,113 @@ def test_shards_of_the_latents_agree(isa, screen):
     best = all_vals.sort(dim=1, descending=True, stable=True).indices[:, : case.k]
     assert_bits(all_vals.gather(1, best), vals)
     assert_bits(all_idx.gather(1, best), idx)
+
+
+# ---- scores ----
+
+
+def expected_top(h: np.ndarray, score: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+    vals, idx = np.zeros((len(h), k), np.float32), np.full((len(h), k), -1, np.int32)
+    for n in range(len(h)):
+        best = np.lexsort((np.arange(h.shape[1]), -score[n]))[:k]
+        best = best[score[n, best] > 0]
+        vals[n, : len(best)], idx[n, : len(best)] = h[n, best], best
+    return torch.from_numpy(vals), torch.from_numpy(idx)
+
+
+SCORED = (
+    {"absolute": True},
+    {"scaled": True},
+    {"scaled": True, "absolute": True},
+    {"guided": 0.0},
+    {"guided": 1e-4, "absolute": True},
+    {"guided": 1.0, "scaled": True},
+    {"guided": 1e6},
+)
+
+
+@weights
+@pytest.mark.parametrize("how", SCORED, ids=str)
+@pytest.mark.parametrize("name", [name for name in CASES if "latents" not in name])
+def test_scores(name, how, dtype):
+    case, h = case_and_h(name, dtype)
+    (n, f), seed = h.shape, len(name)
+    score: dict = {"absolute": "absolute" in how}
+    if "scaled" in how:
+        score["scale"] = odd_scale(f, seed)
+    if "guided" in how:
+        width = 1 + 37 * (seed % 3)
+        score["guide"] = randn(n, width, seed=seed) * how["guided"]
+        score["guide"][::7] *= 1e4  # too coarse for bf16
+        score["W_dec"] = randn(f, width, seed=seed + 1).round(decimals=1).to(dtype)
+    expected = expected_top(h, scores(h, **score), case.k)
+    for i, forced in enumerate(all_ways()):
+        if i % 4 == seed % 4 or name == "random":
+            assert_all_bits(cpu.encode(*case, **score, forced=forced), list(expected))
+
+
+def test_scores_of_some_latents():
+    x, W, b, k, _ = plain(45, 300, 65, 7)
+    ids = torch.arange(2, 300, 3, dtype=torch.int32)
+    score: dict = {"scale": odd_scale(300), "guide": randn(45, 20), "W_dec": randn(300, 20)}
+    for options in ({}, {"absolute": True}):
+        expected = cpu.encode(
+            *(x, W[ids], b[ids], k),
+            scale=score["scale"][ids],
+            guide=score["guide"],
+            W_dec=score["W_dec"][ids],
+            **options,
+        )
+        for forced in all_ways():
+            vals, idx = cpu.encode(x, W, b, k, ids, **score, **options, forced=forced)
+            assert_bits(vals, expected[0])
+            at = torch.where(idx < 0, idx, (idx - 2) // 3)
+            assert_bits(at.to(torch.int32), expected[1])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_margin_of_the_guide(kind):
+    case, guide, W_dec = guide_rounds()
+    if kind == "fp32":
+        rounds = screen_rounds(200)
+        guide, W_dec = rounds.x, rounds.W_enc
+        case = Case(torch.zeros(3, 1), torch.zeros(len(W_dec), 1), torch.ones(len(W_dec)), 1)
+    h = pre_activations(case)
+    vals, idx = expected_top(h, scores(h, guide=guide, W_dec=W_dec), 1)
+    assert (idx == len(W_dec) - 1).all()
+    for forced in all_ways():
+        got = cpu.encode(*case, guide=guide, W_dec=W_dec, forced=forced)
+        assert_all_bits(got, [vals, idx])
+
+
+def test_infinite_scores():  # h is a number of fp32, h·scale is not: they tie
+    x, W, _, _, _ = plain(40, 300, 20, 6)
+    scale = torch.full((300,), 1.0)
+    scale[5::7] = 3e38
+    h = pre_activations(Case(x * 100, W, None, 6))
+    score = scores(h, scale=scale)
+    assert np.isinf(score).sum() > 500
+    for k in (3, 30):
+        expected = list(expected_top(h, score, k))
+        for forced in all_ways():
+            assert_all_bits(cpu.encode(x * 100, W, None, k, scale=scale, forced=forced), expected)
+
+
+@backends
+def test_scores_by_hand(backend):
+    encode = {"reference": reference.encode, "cpu": cpu.encode}[backend]
+    x, W = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0], [0, 1], [-3, 0], [0.5, 0], [2, 0]])
+    scale = torch.tensor([3.0, 1, 1, 6, 0])
+    vals, idx = encode(x, W, None, 4, absolute=True)
+    assert vals.tolist() == [[-3, 2, 2, 1]]
+    assert idx.tolist() == [[2, 1, 4, 0]]
+    vals, idx = encode(x, W, None, 4, scale=scale)
+    assert vals.tolist() == [[1, 0.5, 2, 0]]
+    assert idx.tolist() == [[0, 3, 1, -1]]
+    guide, W_dec = torch.tensor([[1.0]]), torch.tensor([[-5.0], [-2], [9], [20], [2]])
+    vals, idx = encode(x, W, None, 4, guide=guide, W_dec=W_dec)
+    assert vals.tolist() == [[0.5, 1, 2, 2]]
+    assert idx.tolist() == [[3, 0, 1, 4]]
 
 
 # ---- any data ----
@@ -590,9 +775,52 @@ def test_overflowing_pre_activations(kind, isa, screen):
         assert token in bad[:, 0].tolist()
 
 
+@variants
+@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+def test_non_finite_guides(bad, isa, screen):
+    x, W, b, k, _ = plain(45, 29, 65, 3)
+    for name, message in (("guide", r"guide: .* in row 17"), ("W_dec", r"W_dec: .* latent 17")):
+        score = {"guide": randn(45, 33), "W_dec": randn(29, 33)}
+        score[name][17, 32] = bad
+        for count in (1, 2):
+            forced = {"isa": isa, "screen": screen, "threads": count}
+            with pytest.raises(ValueError, match=message):
+                cpu.encode(x, W, b, k, **score, forced=forced)
+
+
+@variants
+def test_overflowing_guides(isa, screen):
+    x, W, b, k, _ = plain(45, 900, 65, 3)
+    guide, W_dec = randn(45, 33), randn(900, 33)
+    guide[30], W_dec[600] = 1e20, 1e19
+    for count, block in WAYS:
+        forced = {"isa": isa, "screen": screen, "threads": count, "block_tokens": block}
+        with pytest.raises(
+            ValueError, match="guide and W_dec, got an overflow at token 30, latent 600"
+        ):
+            cpu.encode(x, W, b, k, guide=guide, W_dec=W_dec, forced=forced)
+
+
+@backends
+@pytest.mark.parametrize("bad", [NAN, INF, -INF, -1.0, -1e-30], ids=str)
+def test_bad_scales(backend, bad):
+    if backend == "reference" and bad in (-1.0, -1e-30):
+        return  # ops checks the sign
+    module = {"reference": reference, "cpu": cpu}[backend]
+    scale = torch.ones(29)
+    scale[7] = bad
+    for call in (module.encode, module.encode_batch):
+        with pytest.raises(ValueError, match="scale: expected finite"):
+            call(*plain(5, 29, 8, 3)[:4], scale=scale)
+
+
 @refusals(
     "name, change, error, message",
     [
+        ("scale", lambda _: torch.ones(4), ValueError, r"scale: expected shape \(5\), got \(4\)"),
+        ("scale", lambda _: torch.ones(5).double(), TypeError, "scale: .* float32, got float64"),
+        ("guide", lambda _: torch.ones(3, 4), ValueError, "guide: expected W_dec with it"),
+        ("W_dec", lambda _: torch.ones(5, 4), ValueError, "guide: expected W_dec with it"),
         ("x", lambda t: t[0], ValueError, r"x: expected shape \(\*, \*\), got \(8\)"),
         ("x", lambda t: t[:, 1:], ValueError, r"W_enc: expected shape \(\*, 7\), got \(5, 8\)"),
         ("x", lambda t: t.to("meta"), ValueError, "x: expected a CPU tensor, got one on meta"),

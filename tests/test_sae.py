@@ -1032,7 +1032,7 @@ def test_compiled_training_is_the_same() -> None:
 
 
 def test_repr_tells_the_settings() -> None:
-    assert "d_in=24, d_sae=96, selection=TopK(k=6), d_out=None" in repr(make({}))
+    assert "d_in=24, d_sae=96, selection=TopK(k=6, score=" in repr(make({}))
 
 
 # ---- configuration ----

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsae import SAE, Codes, SAEConfig, Selection, TopK, ops
 from fastsae.data import open_source
+from fastsae.selection import Call, Selected, State
 from fastsae.train import TrainConfig, Trainer, evaluate
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -31,30 +32,26 @@ class Above(Selection):
         if d_sae < 2:
             raise ValueError(f"above: expected at least 2 latents, got {d_sae}")
 
-    def encode(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor | None,
-        pre_bias: Tensor | None,
-        *,
-        precision: ops.Precision = "screened",
-        backend: str | None = None,
-    ) -> Codes:
-        vals, idx = ops.encode(
-            x, W_enc, b_enc, pre_bias, k=len(W_enc), precision=precision, backend=backend
-        )
+    def select(self, call: Call) -> Selected:
+        vals, idx = ops.encode(*call.encoder, k=len(call.W_enc), **call.options)
         vals = vals * (vals > self.threshold)
         kept = vals > 0
         if self.keep_zeros:
             kept |= idx == 0
-        row_ptr = torch.zeros(len(x) + 1, dtype=torch.int64)
+        row_ptr = torch.zeros(len(idx) + 1, dtype=torch.int64)
         row_ptr[1:] = kept.sum(1).cumsum(0)
-        return Codes(vals[kept], idx[kept], len(W_enc), row_ptr)
+        return Selected(Codes(vals[kept], idx[kept], len(call.W_enc), row_ptr))
 
 
 def tokens(n: int, d: int, seed: int = 0) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def encoded(rule: Selection, x: Tensor, W: Tensor, *biases: Tensor | None, backend: str) -> Codes:
+    state = State(rule.state(x.shape[1], len(W)))
+    codes = rule.select(Call(x, W, *(biases or (None, None)), W, state, backend=backend)).codes
+    assert codes is not None
+    return codes
 
 
 # ---- TopK ----
@@ -89,7 +86,7 @@ def test_topk_is_a_full_sort(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randint(-2, 3, (n, 5), generator=generator).float() for n in (40, 33))
     b, c = torch.randint(-12, 0, (33,), generator=generator).float(), torch.ones(5)
-    codes = TopK(6).encode(x, W, b, c, backend=backend).validate()
+    codes = encoded(TopK(6), x, W, b, c, backend=backend).validate()
     h = ((x - 1) @ W.T + b).tolist()
     for n, row in enumerate(h):
         best = sorted((i for i in range(33) if row[i] > 0), key=lambda i: (-row[i], i))[:6]
@@ -102,9 +99,9 @@ def test_topk_is_a_full_sort(backend: str) -> None:
 @BACKENDS
 def test_topk_treats_each_token_alone(backend: str) -> None:
     x, W = tokens(50, 24), tokens(64, 24, seed=1)
-    codes = TopK(5).encode(x, W, None, None, backend=backend)
+    codes = encoded(TopK(5), x, W, backend=backend)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(2))
-    permuted = TopK(5).encode(x[order], W, None, None, backend=backend)
+    permuted = encoded(TopK(5), x[order], W, backend=backend)
     assert torch.equal(permuted.idx, codes.idx[order])
     # The C++ backend promises bits that no batch changes; a matrix product of torch does not.
     atol = 0 if backend == "cpu" else 1e-5
@@ -280,4 +277,4 @@ def test_a_rule_may_be_defined_again() -> None:
 
 def test_the_interface_alone_does_not_encode() -> None:
     with pytest.raises(NotImplementedError):
-        Selection().encode(tokens(2, 3), tokens(4, 3), None, None)
+        encoded(Selection(), tokens(2, 3), tokens(4, 3), backend="reference")

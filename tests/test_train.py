@@ -86,7 +86,7 @@ def steps_by_hand(sae: SAE, batches: Batches, c: TrainConfig, lr: float) -> dict
     m, v = ({name: torch.zeros_like(t) for name, t in p.items()} for _ in range(2))
     unit = sae.config.decoder_norm == "unit"
     for t in range(1, c.steps + 1):
-        x, target = next(batches)
+        x, target, _ = next(batches)
         out = dense(sae, p, x.double(), None if target is None else target.double())
         sae.tokens_since_fired.copy_(out["since"])
         g = dict(zip(p, torch.autograd.grad(out["loss"], list(p.values())), strict=True))
@@ -523,7 +523,7 @@ def test_initialize_measures_the_first_shuffled_rows(start: Any, scale: bool) ->
         sae, expected = make(d_out=10), make(d_out=10)
         settings = TrainConfig(seed=5, init_rows=init_rows, scale=scale, b_dec=start)
         Trainer(sae, data, settings).initialize()
-        expected.initialize_from_(*next(Batches(data, n, 5)), scale=scale, b_dec=start)
+        expected.initialize_from_(*next(Batches(data, n, 5))[:2], scale=scale, b_dec=start)
         assert bits(sae.state_dict()) == bits(expected.state_dict())
         assert (float(sae.input_scale) != 1) == (float(sae.output_scale) != 1) == scale
         assert bool(sae.b_dec.any()) == (start != "zero")
@@ -578,7 +578,9 @@ def test_a_step_without_a_finite_loss_writes_nothing(
     state: list[dict[str, bytes]] = []
     own = sae.losses
 
-    def poisoned(x: Tensor, target: Tensor | None = None) -> SAEOutput:
+    def poisoned(
+        x: Tensor, target: Tensor | None = None, gradient: Tensor | None = None
+    ) -> SAEOutput:
         output = own(x, target)
         if trainer.step_count == 7:
             state.append(bits(sae.state_dict()))

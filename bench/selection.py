@@ -1,0 +1,146 @@
+"""What each selection rule's training step costs, beside TopK's, in one run.
+
+    python bench/selection.py --shape 2048,768,24576,32
+    python bench/selection.py --memory
+
+The Trainer's own steps of all rules, taken in turn in one process, so that what else runs hits them
+alike; a rule's figure is the median of its steps ÷ TopK's, and ÷ one dense encoder product. Tokens
+have a few strong directions, as activations have. The rules without a budget (per_pair.py) have a
+threshold of their own from the start: `pairs` says how many pairs a token they had.
+
+--memory: `fastsae train --selection NAME` for 20 steps at N 2048, D 384, F 262144 in a child
+process each, and the most memory it was resident, less that of weights and optimiser state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import Shape, parse_shape, product_seconds
+from step import machine
+
+from fastsae import SAE, SAEConfig, Selection
+from fastsae.cli import rule_from
+from fastsae.data import Batch, open_source
+from fastsae.train import TrainConfig, Trainer
+
+MEMORY_SHAPE = (2048, 384, 262144, 32)
+CHILD = """
+import resource, sys
+from fastsae.cli import main
+main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def tokens(n: int, d: int, seed: int) -> torch.Tensor:
+    """Gaussian tokens with 16 strong directions, each on in a quarter of them."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(16, d, generator=torch.Generator().manual_seed(99))
+    on = torch.rand(n, 16, generator=generator) < 0.25
+    return torch.randn(n, d, generator=generator) + on.float() @ directions
+
+
+def trainer(rule: Selection, shape: Shape, x: torch.Tensor) -> Trainer:
+    _, d, f, _ = shape
+    sae = SAE(SAEConfig(d, f, rule, dead_after=10**9))
+    made = Trainer(sae, open_source(x), TrainConfig(steps=10**6, warmup_steps=0))
+    made.step_count = 10**6 // 2  # beyond the warm-up of rules that have one
+    return made
+
+
+def measure_rules(shape: Shape, names: list[str], steps: int) -> list[dict[str, object]]:
+    n, d, _, k = shape
+    batches = [Batch(tokens(n, d, seed), None, tokens(n, d, seed + 100)) for seed in range(1, 5)]
+    trainers = {
+        name: trainer(rule_from(name, k, {}), shape, batches[0].x)
+        for name in dict.fromkeys(["topk", *names])
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    pairs: dict[str, float] = {}
+    products = []
+    for i in range(steps + 1):
+        for name, made in trainers.items():
+            start = time.perf_counter()
+            output = made.step(batches[i % 4])
+            if i:  # the first step allocates
+                seconds[name].append(time.perf_counter() - start)
+            pairs[name] = float(output.metrics["l0"])
+        products.append(product_seconds(batches[0].x, trainers["topk"].sae.W_enc, repeats=1))
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    return [
+        {
+            "rule": name,
+            **dict(zip("ndfk", shape, strict=True)),
+            "pairs": pairs[name],
+            "step_s": median[name],
+            "of_topk": median[name] / median["topk"],
+            "of_product": median[name] / min(products),
+        }
+        for name in trainers
+    ]
+
+
+def measure_memory(name: str, shape: Shape) -> dict[str, object]:
+    n, d, f, k = shape
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "acts.npy"
+        np.save(data, tokens(4 * n, d, 1).numpy())
+        command = [sys.executable, "-c", CHILD, "train", "--data", str(data), "--d-sae", str(f)]
+        command += ["--k", str(k), "--selection", name, "--batch-size", str(n), "--steps", "20"]
+        command += ["--holdout", "0", "--out", f"{folder}/run"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    row: dict[str, object] = {"rule": name, **dict(zip("ndfk", shape, strict=True))}
+    if done.returncode:
+        return row | {"error": done.stderr.strip().splitlines()[-1]}
+    peak = int(done.stdout.split()[-1])
+    state = 3 * 4 * (2 * f * d + f + d)  # weights and two moments, fp32
+    return row | {"peak_bytes": peak, "state_bytes": state, "beside": peak - state}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", type=parse_shape, metavar="N,D,F,K")
+    parser.add_argument("--rule", action="append", choices=sorted(Selection.rules))
+    parser.add_argument("--steps", type=int, default=7, help="timed steps a rule (default 7)")
+    parser.add_argument("--memory", action="store_true", help="measure memory, not time")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for stdout")
+    args = parser.parse_args()
+    names = args.rule or sorted(Selection.rules)
+    if args.memory:
+        rows = []
+        for name in names:
+            rows.append(measure_memory(name, args.shape or MEMORY_SHAPE))
+            print(rows[-1], file=sys.stderr, flush=True)
+    else:
+        rows = measure_rules(args.shape or (2048, 768, 24576, 32), names, args.steps)
+        print(
+            f"{'rule':18} {'pairs':>8} {'step s':>8} {'/ topk':>7} {'/ product':>9}",
+            file=sys.stderr,
+        )
+        for row in rows:
+            print(
+                f"{row['rule']:18} {row['pairs']:8.1f} {row['step_s']:8.3f} {row['of_topk']:7.2f} "
+                f"{row['of_product']:9.2f}",
+                file=sys.stderr,
+            )
+    rows = [row | machine() for row in rows]
+    if args.json == "-":
+        print(json.dumps(rows, indent=1))
+    elif args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

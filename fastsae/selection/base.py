@@ -1,0 +1,214 @@
+"""What a selection rule is given, what it returns, and what rules share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastsae import ops
+from fastsae.codes import Codes
+
+Score = Literal["activation", "activation·decoder_norm"]
+
+
+class State(nn.Module):
+    """A rule's own tensors, saved with the weights: parameters it trains and what it tracks."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+
+@dataclass(eq=False)
+class Call:
+    """What a rule works on: N tokens and the SAE's parameters."""
+
+    x: Tensor
+    """(N, D), scaled, not centred; float32 or float64."""
+    W_enc: Tensor
+    b_enc: Tensor | None
+    pre_bias: Tensor | None
+    """Subtracted from x before the encoder, or None."""
+    W_dec: Tensor
+    state: Any
+    """The rule's `State`."""
+    b_dec: Tensor | None = None
+    target: Tensor | None = None
+    """(N, D_out): what is to be reconstructed; None outside of training."""
+    gradient: Tensor | None = None
+    """(N, D): the gradient of a language model's loss at x, where the data have it."""
+    training: bool = False
+    progress: float = 1.0
+    """Share of the training steps done, for schedules."""
+    precision: ops.Precision = "screened"
+    backend: str | None = None
+
+    @property
+    def encoder(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.x, self.W_enc, self.b_enc, self.pre_bias
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"precision": self.precision, "backend": self.backend}
+
+
+class Reconstruction(NamedTuple):
+    """What a rule that keeps no codes made of a batch: dense by nature, or above 5 % density."""
+
+    x_hat: Tensor
+    """(N, D_out), with b_dec."""
+    l0: Tensor
+    """0-d: the mean number of active latents a token."""
+    fired: Tensor
+    """(F) bool."""
+
+
+class Selected(NamedTuple):
+    """A rule's result: codes, or a reconstruction without codes, and the terms of its loss."""
+
+    codes: Codes | None
+    terms: dict[str, tuple[float | Tensor, Tensor]] = {}  # noqa: RUF012 (never written to)
+    """name → (coefficient, 0-d value)."""
+    reconstruction: Reconstruction | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The interface of a selection rule."""
+
+    name: ClassVar[str]
+    rules: ClassVar[dict[str, type[Selection]]] = {}
+    has_inference_form: ClassVar[bool] = False
+    """Whether `select` chooses by another rule outside of training."""
+    needs_gradient: ClassVar[bool] = False
+    """Whether training needs Call.gradient."""
+    k_name: ClassVar[str | None] = "k"
+    """Which parameter says how many latents a token has; None where none does."""
+
+    def __init_subclass__(cls) -> None:
+        name = cls.__dict__.get("name")
+        if not isinstance(name, str):
+            raise TypeError(f"{cls.__name__}: expected a name of its own, got {name!r}")
+        known = Selection.rules.get(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"{cls.__name__}: expected a new name, got that of {known}: {name!r}")
+        Selection.rules[name] = cls
+
+    def check(self, d_sae: int) -> None:
+        """Raises ValueError where the rule cannot work on d_sae latents."""
+
+    def state(self, d_in: int, d_sae: int) -> dict[str, Tensor]:
+        """The rule's tensors at the start; nn.Parameters are trained."""
+        return {}
+
+    def select(self, call: Call) -> Selected:
+        """The codes of the tokens, differentiable in them and the encoder's parameters.
+
+        Leaves call.state as it is. With call.training the form that is trained, else the form of
+        inference, which looks at each token by itself.
+        """
+        raise NotImplementedError
+
+    def observe(self, call: Call, selected: Selected) -> None:
+        """Updates call.state after `select` in a training step; without gradients."""
+
+    def revivable(self, state: Any, is_dead: Tensor) -> Tensor:
+        """(F) bool: the latents that the AuxK loss is to revive, given those that are dead."""
+        return is_dead
+
+    def parts(self, codes: Codes) -> list[tuple[float, Codes]] | None:
+        """For losses on nested prefixes of the codes: what each prefix adds, and its weight."""
+        return None
+
+    def rescale_(self, state: Any, factor: float) -> None:
+        """Adapts the state to activations that are `factor` times as large."""
+
+    def fold_norms_(self, state: Any, norms: Tensor) -> None:
+        """Adapts the state to rows of W_enc and biases multiplied with norms (F), W_dec divided.
+
+        ValueError where that would change what is selected.
+        """
+        raise ValueError(f"{self.name}: folding the decoder's norms would change the selection")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rule as plain data: its name and parameters."""
+        return {"name": self.name, **asdict(self)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Selection:
+        """The inverse of `to_dict`; ValueError for an unknown name or parameter."""
+        parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        name = parameters.pop("name", None)
+        if name not in Selection.rules:
+            raise ValueError(
+                f"selection: expected one of {', '.join(sorted(Selection.rules))}, got {name!r}"
+            )
+        try:
+            return Selection.rules[name](**parameters)
+        except TypeError as error:
+            raise ValueError(f"selection {name}: {error}") from None
+
+
+# ---- what rules share ----
+
+
+def check_k(k: Any, name: str = "k") -> None:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {k!r}")
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """ValueError unless value is a number in [low, high]; inf is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or math.isinf(value):
+        limit = f"in [{low}, {high}]" if high < math.inf else f"of at least {low}"
+        raise ValueError(f"{name}: expected a number {limit}, got {value!r}")
+
+
+def check_score(score: str) -> None:
+    if score not in ("activation", "activation·decoder_norm"):
+        raise ValueError(f"score: expected activation or activation·decoder_norm, got {score!r}")
+
+
+def fold_weighted(rule: str, score: str) -> None:
+    """A score that is weighted by the decoder's norms does not see them move to the encoder."""
+    if score == "activation":
+        raise ValueError(
+            f"{rule}: expected score activation·decoder_norm, got activation: folding the "
+            "decoder's norms would change the selection"
+        )
+
+
+def row_norms(W: Tensor) -> Tensor:
+    """‖W[i]‖ (F), float32; a constant."""
+    wide = torch.promote_types(W.dtype, torch.float32)
+    return torch.linalg.vector_norm(W.detach(), dim=1, dtype=wide).float()
+
+
+def score_scale(call: Call, score: str) -> Tensor | None:
+    """What the scores of this name are weighted with (F), or None."""
+    return None if score == "activation" else row_norms(call.W_dec)
+
+
+def average_(total: Tensor, weight: Tensor, value: Tensor, decay: float, seen: Tensor) -> None:
+    """total/weight becomes the exponential average of the values where `seen`, from the first."""
+    rate = (1 - decay) * seen
+    total.mul_(1 - rate).add_(rate * value.where(seen, 0))
+    weight.mul_(1 - rate).add_(rate)
+
+
+def latent_sums(coef: Tensor, codes: Codes, backend: str | None) -> Tensor:
+    """Σ of coef, of the shape of codes.idx, over each latent's pairs (F), in a fixed order."""
+    with torch.enable_grad():
+        zeros = torch.zeros(codes.n_latents, dtype=coef.dtype, device=coef.device)
+        zeros.requires_grad_()
+        values = ops.of_latents(zeros, codes.idx, codes.row_ptr, backend=backend)
+    return torch.autograd.grad(values, zeros, coef)[0]
