@@ -138,6 +138,10 @@ class Selection:
         """
         raise ValueError(f"{self.name}: folding the decoder's norms would change the selection")
 
+    def inference_thresholds(self, state: Any, W_dec: Tensor) -> Tensor | None:
+        """What h must exceed at inference, (F) or 0-d; None where a pair's fate is not its own."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """The rule as plain data: its name and parameters."""
         return {"name": self.name, **asdict(self)}

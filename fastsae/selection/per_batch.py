@@ -21,6 +21,7 @@ from fastsae.selection.base import (
     check_number,
     check_score,
     fold_weighted,
+    row_norms,
     score_scale,
 )
 
@@ -54,12 +55,16 @@ class _BatchBudget:
     def state(self, d_in: int, d_sae: int) -> dict[str, Tensor]:
         return {"threshold_total": torch.zeros(()), "threshold_weight": torch.zeros(())}
 
+    def inference_thresholds(self, state: Any, W_dec: Tensor) -> Tensor | None:
+        if not bool(state.threshold_weight > 0):
+            return None
+        theta = state.threshold_total / state.threshold_weight
+        return theta if self.score == "activation" else theta / row_norms(W_dec)
+
     def select(self, call: Call) -> Selected:
         scale = score_scale(call, self.score)
-        s = call.state
-        if not call.training and bool(s.threshold_weight > 0):
-            theta = s.threshold_total / s.threshold_weight
-            theta = theta if scale is None else theta / scale
+        theta = None if call.training else self.inference_thresholds(call.state, call.W_dec)
+        if theta is not None:
             pairs = ops.encode_threshold(*call.encoder, thresholds=theta, **call.options)
         else:
             budget = round(self.pairs_per_token * len(call.x))

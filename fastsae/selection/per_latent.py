@@ -119,9 +119,10 @@ class FeatureChoice(Selection):
         names = ("smallest", "smallest_square", "selected", "weight", "rate")
         return {name: torch.zeros(d_sae) for name in names}
 
-    def thresholds(self, state: Any) -> Tensor:
-        """θ (F) of inference; inf for a latent that was never selected."""
+    def inference_thresholds(self, state: Any, W_dec: Tensor) -> Tensor | None:
         seen = state.weight > 0
+        if not bool(seen.any()):
+            return None
         weight = state.weight.where(seen, 1)
         mean, m = state.smallest / weight, (state.selected / weight).clamp(min=1)
         variance = (state.smallest_square / weight - mean * mean).clamp(min=0)
@@ -145,8 +146,8 @@ class FeatureChoice(Selection):
 
     def select(self, call: Call) -> Selected:
         s, n_tokens = call.state, len(call.x)
-        if not call.training and bool((s.weight > 0).any()):
-            theta = self.thresholds(s)
+        theta = None if call.training else self.inference_thresholds(s, call.W_dec)
+        if theta is not None:
             pairs = ops.encode_threshold(*call.encoder, thresholds=theta, **call.options)
         elif call.training and call.progress < self.warmup:
             pairs = ops.encode_batch(*call.encoder, budget=self.k * n_tokens, **call.options)

@@ -2,7 +2,7 @@
 
 A rule is an elementwise function of h and of some vectors (F), and thresholds: pairs with h at or
 below theirs contribute to no value, loss or gradient. Training takes the pairs above them, if there
-are at most 5 % (and 2²³); else it keeps none (`fastsae.blocked`). Inference takes all that are
+are at most 5 % (and 2²²); else it keeps none (`fastsae.blocked`). Inference takes all that are
 active. Gradients reach W_enc, b_enc, pre_bias, W_dec and the rule's own parameters alike.
 
 Coefficients  The SAE's loss is the mse, a mean over tokens and width; a penalty here is a sum over
@@ -34,8 +34,8 @@ Terms = dict[str, tuple[float | Tensor, Tensor]]
 
 
 def pair_limit(n_tokens: int, n_latents: int) -> int:
-    """How many pairs a training step keeps, at some 60 bytes each."""
-    return min(n_tokens * n_latents // 20, 2**23)
+    """How many pairs a training step keeps, at about 100 bytes each."""
+    return min(n_tokens * n_latents // 20, 2**22)
 
 
 class _PerPair:
@@ -244,6 +244,12 @@ class JumpReLU(_PerPair, Selection):
     def rescale_(self, state: Any, factor: float) -> None:
         state.log_threshold += math.log(factor)
 
+    def fold_norms_(self, state: Any, norms: Tensor) -> None:
+        state.log_threshold += norms.log()
+
+    def inference_thresholds(self, state: Any, W_dec: Tensor) -> Tensor | None:
+        return state.log_threshold.detach().exp()
+
 
 @dataclass(frozen=True)
 class Gated(_PerPair, Selection):
@@ -294,6 +300,9 @@ class Gated(_PerPair, Selection):
 
     def rescale_(self, state: Any, factor: float) -> None:
         state.b_mag *= factor
+
+    def fold_norms_(self, state: Any, norms: Tensor) -> None:
+        state.b_mag *= norms
 
 
 @dataclass(frozen=True)
@@ -348,6 +357,9 @@ class ReLU(_PerPair, Selection):
         if self.decoder_norm_weighted and call.training:
             return (row_norms(call.W_dec, backend=call.backend),)
         return ()
+
+    def fold_norms_(self, state: Any, norms: Tensor) -> None:
+        pass  # ReLU does not mind a positive factor
 
     def _place(self, call: Call) -> tuple[Tensor, Tensor]:
         """Where p stands in this step, and the log of what annealing makes of the coefficient."""
