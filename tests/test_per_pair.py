@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import backends, randn, refusals
+from common import backends, randn, refusals, threads
 from torch import Tensor
 
 from fastsae.selection import (
@@ -198,20 +198,36 @@ def test_equal_tokens_and_latents(rule, form):
     assert_published(rule, *calls)
 
 
+@backends
 @rules
-def test_forms_and_backends_agree(rule, monkeypatch):
-    """In float32, to the rounding."""
+def test_float32_is_as_good_as_it_can_be(rule, form, backend):
+    call, exact = make_call(rule, dtype=torch.float32, backend=backend), make_call(rule)
+    _, x_hat, terms = ours(rule, call)
+    _, expected, expected_terms = published(rule, exact)
+    torch.testing.assert_close(x_hat.double(), expected, rtol=1e-5, atol=1e-5)
+    loss_of(x_hat, terms).backward()
+    loss_of(expected, expected_terms).backward()
+    for name, t in leaves(call).items():
+        exactly = leaves(exact)[name].grad
+        torch.testing.assert_close(t.grad.double(), exactly, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@rules
+def test_bits_do_not_depend_on_threads(rule, monkeypatch):
+    """In the sparse form."""
+    monkeypatch.setattr(per_pair, "pair_limit", lambda n, f: n * f)
     results = []
-    for limit in (N * F, -1):
-        monkeypatch.setattr(per_pair, "pair_limit", lambda n, f, limit=limit: limit)
-        call = make_call(rule, dtype=torch.float32)
-        _, x_hat, terms = ours(rule, call)
-        loss_of(x_hat, terms).backward()
-        results.append((x_hat, leaves(call)))
-    (a, grads), (b, others) = results
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    for name, t in grads.items():
-        torch.testing.assert_close(t.grad, others[name].grad, rtol=1e-4, atol=1e-4, msg=name)
+    for count in (1, 3):
+        with threads(count):
+            call = make_call(rule, n=70, dtype=torch.float32, backend="cpu")
+            selected = rule.select(call)
+            loss = sum(coef * term for coef, term in selected.terms.values())
+            (loss + selected.codes.vals.square().sum()).backward()
+            grads = [t.grad for t in leaves(call).values() if t.grad is not None]
+            results.append([selected.codes.vals.detach(), loss.detach(), *grads])
+    assert len(results[0]) > 5
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @backends

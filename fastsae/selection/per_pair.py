@@ -406,6 +406,7 @@ class ReLU(_PerPair, Selection):
         terms = selected.terms
         new = torch.stack([terms[name][1] for name in ("sparsity", "sparsity_next")])
         new = new.detach().to(s.sums.dtype) * len(call.x)
+        new = new.where(new.isfinite(), 0)
         kept = s.sums[:, :-1].where(place == s.place, 0)
         s.sums.copy_(torch.cat([new[:, None], kept], 1))
         s.log_power.copy_(log_power)
