@@ -12,7 +12,7 @@ PEERS := saelens dictionary_learning sparsify
 
 SANITIZE := build/sanitize
 SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g
-SANITIZE_TESTS := encode decode index rows adam bindings
+SANITIZE_TESTS := encode encode_batch encode_columns encode_threshold decode index rows adam bindings
 SANITIZERS = $(foreach name,asan.so ubsan.so stdc++.so.6,$(shell $(CXX) -print-file-name=lib$(name)))
 SANITIZED = cd $(SANITIZE) && PYTHONPATH=$(CURDIR)/$(SANITIZE)/package \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" $(abspath $(BIN))/python

@@ -239,7 +239,8 @@ const float* scale_of(const py::object& scale, int64_t n_latents) {
   for (int64_t i = 0; i < v.cols; ++i)
     if (const float s = v.as<float>()[i]; !(s >= 0 && std::isfinite(s)))
       throw py::value_error("scale: expected finite numbers of at least 0, got " +
-                            std::to_string(s) + " at position " + std::to_string(i));
+                            std::string(py::str(py::float_(s))) + " at position " +
+                            std::to_string(i));
   return v.as<float>();
 }
 

@@ -31,6 +31,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastsae import ops
+from fastsae.ops.backend import resolve, wide_dtype
+from fastsae.ops.gradients import column_sum_op, undense_gradient
 from fastsae.reference import _dtype, _matmul
 
 BLOCK = 2**20
@@ -98,7 +100,7 @@ class _Step:
         h = _matmul(x, self.wide(W).T)
         if self.b_enc is not None:
             h += self.wide(self.b_enc[some])
-        return [h, *(v[some].to(ops._wide(v.dtype)).expand_as(h) for v in self.latents)]
+        return [h, *(v[some].to(wide_dtype(v.dtype)).expand_as(h) for v in self.latents)]
 
     def results(self, some: slice) -> tuple[Tensor, Tensor | None, list[Tensor], Tensor]:
         """A block's shares of x̂, x̂_frozen and the totals, and how often its latents fired."""
@@ -228,8 +230,8 @@ class BlockedFunction(Function):
         db = sums[0].to(b_dtype) if need_b else None
         dpre = db_dec = None
         if need_pre:
-            of = ops._resolve(backend, W_enc, sums[0])
-            dpre = -ops._column_sum(W_enc, sums[0], of).to(pre_dtype)
+            of = resolve(backend, W_enc, sums[0])
+            dpre = -column_sum_op(W_enc, sums[0], of).to(pre_dtype)
         if need_b_dec and dx_hat is not None:
             db_dec = ops.column_sum(dx_hat, backend=backend).to(b_dec_dtype)
         dx = None if dx is None else dx.to(x_dtype)
@@ -302,10 +304,10 @@ class RowNormFunction(Function):
         coef = (g / norms).where(norms > 0, 0)[:, None]
         ids = torch.arange(len(W), dtype=torch.int32, device=W.device)[:, None]
         ids = ids.where(coef != 0, -1)
-        done, dense = ops._undense_gradient(W, coef, ids, W.detach(), None, ctx.backend)
+        done, dense = undense_gradient(W, coef, ids, W.detach(), None, ctx.backend)
         return dense if done else (coef * W).to(W.dtype), None
 
 
 def row_norms(W: Tensor, *, backend: str | None = None) -> Tensor:
     """‖W[i]‖ (F), float32 or wider; its gradient goes to an optimiser as a RowGradient."""
-    return RowNormFunction.apply(W, ops._resolve(backend, W))
+    return RowNormFunction.apply(W, resolve(backend, W))

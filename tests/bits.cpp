@@ -1,6 +1,7 @@
 // Prints a hash of the bits of every C++ kernel's results on fixed data, for the instruction set that
 // it is compiled with (FASTSAE_ISA): `make neon` compares this machine's with those of an emulated
 // ARM. Sizes leave a rest in every loop; weights are fp32 and bf16, the rows' norms spread.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -64,6 +65,8 @@ int main() {
   const std::vector<uint16_t> half = in_bf16(w);
   std::vector<float> vals(n * k), error(n * d), xhat(n * d), dvals(n * k);
   std::vector<int32_t> idx(n * k);
+  std::vector<float> scale = b;
+  for (float& s : scale) s = std::fabs(s);
   for (const bool is_bf16 : {false, true}) {
     for (const bool rounded : {false, true}) {
       const Matrix weights{is_bf16 ? static_cast<const void*>(half.data()) : w.data(), d, is_bf16};
@@ -85,6 +88,49 @@ int main() {
       decoded.add(xhat);
       decoded.add(dvals);
       print("decode_error", decoded);
+      Hash rest;
+      std::vector<float> kept(n * k);
+      std::vector<int32_t> ids(n * k);
+      a.vals = kept.data(), a.idx = ids.data();
+      for (const bool guided : {false, true}) {
+        a.score = {scale.data(), true, guided ? x.data() : nullptr, d, d, weights};
+        isa::encode(a);
+        rest.add(kept);
+        rest.add(ids);
+      }
+      std::vector<int64_t> row_ptr(n + 1);
+      const RowOutputs out{kept.data(), ids.data(), row_ptr.data(), n * k};
+      const auto add = [&] {
+        rest.add(kept);
+        rest.add(ids);
+        rest.add(row_ptr);
+      };
+      BatchArgs batch{};
+      static_cast<Encoding&>(batch) = a;
+      batch.budget = n * k, batch.out = out;
+      isa::encode_batch(batch);
+      add();
+      const std::vector<float> thresholds(f, *std::min_element(kept.begin(), kept.end()));
+      const std::vector<int32_t> budgets(f, static_cast<int32_t>(n * k / f));
+      ColumnArgs columns{};
+      static_cast<Encoding&>(columns) = a;
+      columns.budgets = budgets.data(), columns.out = out;
+      isa::encode_columns(columns);
+      add();
+      RowOutputs found = out;
+      ThresholdArgs above{};
+      bool too_many;
+      static_cast<Encoding&>(above) = a;
+      above.thresholds = thresholds.data(), above.limit = n * k, above.too_many = &too_many;
+      above.context = &found;
+      above.allocate = [](void* rows, int64_t room) {
+        auto* found = static_cast<RowOutputs*>(rows);
+        found->room = room;
+        return *found;
+      };
+      isa::encode_threshold(above);
+      add();
+      print(too_many || found.room < 50 ? "unexpected" : "encode_*", rest);
     }
   }
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fastsae import cpu, ops, reference
+from fastsae.ops import decoding, encoding, gradients
 
 layouts = pytest.mark.parametrize("layout", ["padded", "ragged"])
 
@@ -460,6 +461,7 @@ def custom_op_calls() -> dict[str, tuple]:
             (x[:0], W, b, 3, None, None, False, None, None, "screened"),
             (x, W, b, 3, None, b.abs(), True, x, W, "screened"),
         ],
+        "encode_groups": [(x, W, b, 7, "screened"), (x[:0], W.to(h), None, 2, "bf16")],
         "encode_batch": [
             (x, W, b, 20, None, False, "screened"),
             (x, W.to(h), None, 1000, b.abs(), True, "bf16"),
@@ -511,9 +513,14 @@ def test_custom_ops(name, backend):
 
 
 def test_all_custom_ops_are_checked():
-    registered = {name for name in vars(ops) if name.startswith("_")}
-    registered = {n for n in registered if isinstance(getattr(ops, n), torch.library.CustomOpDef)}
-    assert registered == {f"_{op}" for op, _ in custom_op_calls().values()}
+    modules = (encoding, decoding, gradients)
+    registered = {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, torch.library.CustomOpDef)
+    }
+    assert registered == {f"{op}_op" for op, _ in custom_op_calls().values()}
 
 
 @backends
