@@ -8,14 +8,14 @@
 
 Shapes   p, m, v and dense (F, D) or (D), a vector being one row; last (F); pairs as in rows.py.
          F may be 0. With project, D ≤ 16384.
-Dtypes   p, m, v fp32 or bf16, each on its own; dense and pairs fp32, bf16 or fp16; last int32;
+Dtypes   p, dense and pairs fp32, bf16 or fp16; m, v fp32 or bf16, each on its own; last int32;
          lr, scale and step Python numbers or 0-d tensors on p's device, so that a step can be
          captured in a graph and clipped without waiting. Arithmetic is fp32, but bias corrections,
          once for all rows, are fp64.
 Strides  p, m, v, last contiguous; dense any.
 Rounding bf16 is rounded to nearest, ties to even; with stochastic_rounding up or down, by how near
          both are, by Philox4x32-7 with key step and counter (⌊d/2⌋, f). Done on the bits, since
-         the interpreter's own cast cuts off.
+         the interpreter's own cast cuts off. fp16 is rounded to nearest, from 65520 on to inf.
 Skips    A row without a gradient is not read where `lazy`, where m is None (β₁ = 0: it does not
          move, so its v is caught up by β₂^(step - 1 - last) when it is next touched), and where it
          was never touched, last = 0; but weight_decay moves every row. Where scale is not finite
@@ -81,7 +81,7 @@ def _store(ptrs, x, mask, random, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def _adam_kernel(
-    p_ptr,  # (in, out) (F, D) fp32 or bf16
+    p_ptr,  # (in, out) (F, D) fp32, bf16 or fp16
     m_ptr,  # (in, out) (F, D) fp32 or bf16, or None
     v_ptr,  # (in, out) (F, D) fp32 or bf16
     last_ptr,  # (out) (F) int32
@@ -191,7 +191,8 @@ def adam_(
     rows, inputs, config = _gradients.row_inputs(p, dense, gradients, project)
     if m is None and beta1:
         raise ValueError(f"m: expected a tensor, as beta1 is {beta1}, got None")
-    for name, state in (("m", m), ("v", v)):
+    rounded_p = p if stochastic_rounding else None
+    for name, state in (("m", m), ("v", v), ("p with stochastic_rounding", rounded_p)):
         if state is not None:
             expect(name, state, tuple(p.shape), _gradients.STATE_DTYPES, p)
             _gradients.expect_contiguous(name, state)
@@ -233,12 +234,12 @@ def variants() -> dict[str, Variant]:
     numbers = "*fp64:16, *fp64:16, *fp64:16, fp32, fp32, fp32, *fp64:16"
     found = {"constants": Variant(_constants_kernel, numbers, OPTIONS)}
     numbers = ", ".join(["fp32"] * 6)
-    for p, m in (("fp32", "*fp32:16"), ("fp32", "None"), ("bf16", "*bf16:16")):
-        for name, dense, src, ragged, d, project in _gradients.FORMS:
+    for p, m in (("fp32", "fp32"), ("fp32", None), ("bf16", "bf16"), ("fp16", "fp32")):
+        for name, dense, src, ragged, d, project in _gradients.FORMS[:: 4 if p == "fp16" else 1]:
             moves = {"MOVES_ALL": False, "LAZY": False, "STOCHASTIC": p == "bf16"}
-            found[f"{p}-{name}{'-no-m' if m == 'None' else ''}"] = Variant(
+            found[f"{p}-{name}{'' if m else '-no-m'}"] = Variant(
                 _adam_kernel,
-                f"*{p}:16, {m}, *{p}:16, *i32:16, *i32:16, *fp64:16, "
+                f"*{p}:16, {m and f'*{m}:16'}, *{m or p}:16, *i32:16, *i32:16, *fp64:16, "
                 f"{_gradients.inputs_signature(dense, src, ragged)}, {numbers}",
                 {**moves, **_gradients.row_config(d, project)},
             )

@@ -6,7 +6,7 @@
 
 Shapes   p and dense (F, D) or (D), a vector being one row; pairs as in rows.py; the norm 0-d. F
          may be 0. With project, D ≤ 16384.
-Dtypes   p fp32 or bf16; dense and pairs fp32, bf16 or fp16; all arithmetic and the norm fp32.
+Dtypes   p, dense and pairs fp32, bf16 or fp16; all arithmetic and the norm fp32.
 Strides  p contiguous; dense any.
 
 Order    Bits do not depend on the grid, warps or target: every operation is rounded on its own.
@@ -92,7 +92,7 @@ def row_gradient(
 
 @triton.jit
 def _square_kernel(
-    p_ptr,  # (F, D) fp32 or bf16
+    p_ptr,  # (F, D) any of FLOATS
     square_ptr,  # (out) (F, slices) fp32
     dense_ptr,  # (F, D) any of FLOATS, or None
     latent_ptr_ptr,  # (F+1) int64; this and the next five are Segments, or all None
@@ -141,7 +141,7 @@ def row_inputs(
     p: Tensor, dense: Tensor | None, gradients: "list[RowGradient]", project: bool
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """p as rows; dense, the pairs, D and strides as the kernels take them; their constants."""
-    expect("p", p, tuple(p.shape), STATE_DTYPES, p)
+    expect("p", p, tuple(p.shape), FLOATS, p)
     expect_contiguous("p", p)
     rows = as_rows(p.detach())
     n_rows, d = rows.shape
@@ -226,8 +226,8 @@ def inputs_signature(dense: str | None, src: str | None, ragged: bool) -> str:
 def variants() -> dict[str, Variant]:
     """What the launcher ships, by name; ragged: no size or stride is a multiple of 16, or 1."""
     found = {}
-    for p in ("fp32", "bf16"):
-        for name, dense, src, ragged, d, project in FORMS:
+    for p in ("fp32", "bf16", "fp16"):
+        for name, dense, src, ragged, d, project in FORMS[:: 4 if p == "fp16" else 1]:
             found[f"square-{p}-{name}"] = Variant(
                 _square_kernel,
                 f"*{p}:16, *fp32:16, {inputs_signature(dense, src, ragged)}",

@@ -5,14 +5,16 @@ three largest u are known.
 
 Threshold  τ is what k values reach for certain: of the k (or a few more) largest u among the
            buckets' first ones, the smallest u - 2m. Only pairs with u ≥ τ can be among the k best.
+           Of scores, the k-th largest of the buckets' largest lower bounds, their fourth keys.
 Repair     A bucket whose third u is below τ has kept all of those. Any other is flagged, and all
            its G latents become candidates. It holds three pairs that reach τ, so about k/3 buckets
            at most are flagged where bounds are tight, and about k³/6·buckets² of them on random
            data: 0.003 a token at F = 131072, k = 64.
 
 Shapes   keys (N, 3, buckets) int32: the bits of u, with the place in the bucket in the lowest
-         log2(G); margin (N), norm (n_latents) and b_enc (F), of which m is made; places (N, room)
-         int32: positions among the latents; counts (N) int32.
+         log2(G); where SCORED (N, 4, buckets), the last the bits of lower bounds. margin (N), norm
+         (n_latents) and b_enc (F), of which m is made; places (N, room) int32: positions among the
+         latents; counts (N) int32.
 Order    One program a token, no atomics, nothing of a token depends on another.
 Bytes    A token's keys: its first ones 22 times (they stay in L1), the others once.
 """
@@ -43,7 +45,7 @@ def _unpack(keys, bucket, n_tiles, BUCKETS: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def _select_kernel(
-    keys_ptr,  # (N, 3, n_buckets) int32
+    keys_ptr,  # (N, 3, n_buckets) int32; (N, 4, n_buckets) where SCORED
     margin_ptr,  # (N) fp32
     norm_ptr,  # (n_latents) fp32
     bias_ptr,  # (F) any float, or None
@@ -60,33 +62,41 @@ def _select_kernel(
     BUCKETS: tl.constexpr,  # of a tile
     G: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCORED: tl.constexpr = False,
 ):
     n = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    keys_ptr += n * 3 * n_buckets
+    keys_ptr += n * (4 if SCORED else 3) * n_buckets
+    ranked_ptr = keys_ptr
+    if SCORED:
+        ranked_ptr += 3 * n_buckets
     # The largest t, to 20 of its bits, that K of the first ones reach: bits order positive floats.
     t = 0
     for i in range(20):
         candidate = t + (1 << (30 - i))
         reached = tl.zeros([BLOCK], tl.int32)
         for start in range(0, n_buckets, BLOCK):
-            keys = tl.load(keys_ptr + start + lane, mask=start + lane < n_buckets, other=0)
+            keys = tl.load(ranked_ptr + start + lane, mask=start + lane < n_buckets, other=0)
             reached += (keys >= candidate).to(tl.int32)
         t = tl.where(tl.sum(reached, 0) >= K, candidate, t)
     margin = tl.load(margin_ptr + n)
     tau = tl.full([BLOCK], float("inf"), tl.float32)
     for start in range(0, n_buckets, BLOCK):
-        keys = tl.load(keys_ptr + start + lane, mask=start + lane < n_buckets, other=0)
+        keys = tl.load(ranked_ptr + start + lane, mask=start + lane < n_buckets, other=0)
         taken = (keys >= t) & (keys > 0)
-        upper, place = _unpack(keys, start + lane, n_tiles, BUCKETS, G)
-        m = margin * tl.load(norm_ptr + place, mask=taken, other=0.0)
-        if HAS_BIAS:
-            latent = place
-            if HAS_LATENTS:
-                latent = tl.load(latents_ptr + place, mask=taken, other=0)
-            m += tl.abs(tl.load(bias_ptr + latent, mask=taken, other=0.0).to(tl.float32)) * 2.0**-21
-        lower = upper * (1 - G * 2.0**-21) - 2 * m * (1 + 2.0**-10)
-        lower = tl.where(lower == lower, lower, float("-inf"))
+        if SCORED:
+            lower = keys.to(tl.float32, bitcast=True)
+        else:
+            upper, place = _unpack(keys, start + lane, n_tiles, BUCKETS, G)
+            m = margin * tl.load(norm_ptr + place, mask=taken, other=0.0)
+            if HAS_BIAS:
+                latent = place
+                if HAS_LATENTS:
+                    latent = tl.load(latents_ptr + place, mask=taken, other=0)
+                b = tl.load(bias_ptr + latent, mask=taken, other=0.0).to(tl.float32)
+                m += tl.abs(b) * 2.0**-21
+            lower = upper * (1 - G * 2.0**-21) - 2 * m * (1 + 2.0**-10)
+            lower = tl.where(lower == lower, lower, float("-inf"))
         tau = tl.minimum(tau, tl.where(taken, lower, float("inf")))
     # Without K first ones nothing is certain, and every positive pair is a candidate.
     threshold = tl.min(tau, 0)
@@ -131,14 +141,14 @@ def candidates(
 
     counts is -1 where the token is not finite. config is the one that the screen ran with.
     """
-    n, _, n_buckets = keys.shape
+    n, n_keys, n_buckets = keys.shape
     places = torch.empty(n, room_for(k), dtype=torch.int32, device=keys.device)
     counts = torch.empty(n, dtype=torch.int32, device=keys.device)
     has = b_enc is not None, latents is not None
     _select_kernel[(n,)](
         *(keys, margin, norm, b_enc, latents, places, counts),
         *(len(norm), n_buckets, n_tiles, k, places.shape[1]),
-        **select_config(n_buckets, *has, config["BN"], config["LOG2_G"]),
+        **select_config(n_buckets, *has, config["BN"], config["LOG2_G"], n_keys == 4),
     )
     return places, counts
 
@@ -149,7 +159,7 @@ def room_for(k: int) -> int:
 
 
 def select_config(
-    n_buckets: int, has_bias: bool, has_latents: bool, bn: int, log2_g: int
+    n_buckets: int, has_bias: bool, has_latents: bool, bn: int, log2_g: int, scored: bool = False
 ) -> dict[str, Any]:
     block = min(2048, triton.next_power_of_2(n_buckets))
     return {
@@ -158,6 +168,7 @@ def select_config(
         "BUCKETS": bn >> log2_g,
         "G": 1 << log2_g,
         "BLOCK": block,
+        "SCORED": scored,
         "num_warps": max(2, min(8, block // 256)),
     }
 
@@ -166,14 +177,19 @@ def variants() -> dict[str, Variant]:
     """What the launcher ships, by name: numbers of buckets and their sizes."""
     found = {}
     for buckets, log2_g in ((768, 5), (4096, 5), (8192, 7), (192, 2)):
-        for bias, latents in ((False, False), (True, False), (True, True)):
+        for bias, latents, scored in (
+            (False, False, False),
+            (True, False, False),
+            (True, True, False),
+            (True, True, True),
+        ):
             b = "*fp32:16" if bias else "None"
             ids = "*i32:16" if latents else "None"
             name = f"select-{buckets}-{1 << log2_g}" + "-bias" * bias + "-latents" * latents
-            found[name] = Variant(
+            found[name + "-scored" * scored] = Variant(
                 _select_kernel,
                 f"*i32:16, *fp32:16, *fp32:16, {b}, {ids}, *i32:16, *i32:16"
                 ", i32:16, i32:16, i32:16, i32:16, i32:16",
-                select_config(buckets, bias, latents, 128, log2_g),
+                select_config(buckets, bias, latents, 128, log2_g, scored),
             )
     return found

@@ -56,7 +56,7 @@ def compiled(module: str, variant: str, target: Target) -> dict[str, int]:
 
 
 def on_gpu(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The call with its tensors on the GPU; the result, one tensor, back from there."""
+    """The call with its tensors on the GPU; the result, a tensor or several, back from there."""
 
     def there(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -66,7 +66,8 @@ def on_gpu(function: Callable, *args: Any, **kwargs: Any) -> Any:
         return flat.as_strided(value.shape, value.stride(), value.storage_offset())
 
     with poisoned_empty():
-        return function(*map(there, args), **{key: there(arg) for key, arg in kwargs.items()}).cpu()
+        found = function(*map(there, args), **{key: there(arg) for key, arg in kwargs.items()})
+    return found.cpu() if isinstance(found, Tensor) else type(found)(t.cpu() for t in found)
 
 
 RUNNERS = [

@@ -135,7 +135,8 @@ def test_gpu_check_runs_every_part(tmp_path: Path) -> None:
     tests, *rows = rows
     assert tests["name"] == "tests" and tests["skipped"] == "no test was selected"
     stages = ("", ".norms", ".screen", ".select", ".score", ".candidates")
-    names = ["product", *(f"encode{s}" for s in stages), "decode_fwd", "decode_bwd_vals"]
+    names = ["product", *(f"encode{s}" for s in stages)]
+    names += ["encode_batch", "encode_columns", "encode_threshold", "decode_fwd", "decode_bwd_vals"]
     names += ["decode_error", "index", "row_sums", "row_gradients", "adam exact", "step bf16"]
     names += ["step bf16 lazy", "step bf16 beta1=0", *(f"encode{s}" for s in stages)]
     names += [f"encode fp32{s}" for s in stages]
@@ -154,7 +155,7 @@ def test_gpu_check_runs_every_part(tmp_path: Path) -> None:
             assert row["min_ms"] <= row["ms"] <= row["max_ms"]
             assert row["ratio"] == row["ms"] / unit
     assert {row["data"] for row in rows} == {"random", "real-like", None}
-    assert "41 rows" in stderr
+    assert "44 rows" in stderr
 
 
 def test_gpu_check_goes_on_after_a_failed_part(tmp_path: Path) -> None:

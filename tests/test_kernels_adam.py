@@ -264,6 +264,29 @@ def test_bf16_is_rounded_to_nearest(run):
 
 
 @run_all
+@pytest.mark.parametrize("project", [False, True], ids=["free", "unit"])
+def test_fp16_parameters(run, project):
+    """Rounded as `.to(float16)` rounds, to inf too; gradients are of the rounded parameter."""
+    half = State(5, 60, project=project, dtype=torch.float16)
+    full = State(5, 60, project=project)
+    full.p = half.p.float()
+    dense, grads = half.draw(5, 60).half(), [half.pairs(3, 2)]
+    for step in (1, 2):
+        expected = float(full.norm(run, dense, grads))
+        assert float(half.norm(run, dense, grads)) == expected
+        half.step(run, step, dense, grads)
+        full.step(run, step, dense, grads)
+        for a, b in zip(half.tensors, full.tensors, strict=True):
+            assert torch.equal(a, b.to(a.dtype))
+        assert (half.p.float() != full.p).any()
+        full.p = half.p.float()
+    half.step(run, 3, dense, lr=1e9, weight_decay=0.0)
+    full.step(run, 3, dense, lr=1e9, weight_decay=0.0)
+    assert torch.equal(half.p, full.p.half())
+    assert project or half.p.isinf().any()
+
+
+@run_all
 def test_p_m_and_v_have_dtypes_of_their_own(run):
     dtypes = torch.float32, torch.bfloat16
     for dtype, m, v in itertools.product(dtypes, repeat=3):
@@ -380,6 +403,11 @@ def test_nothing_waits_for_the_device():
         ({"m": None}, ValueError, "m: expected a tensor, as beta1 is 0.9, got None"),
         ({"v": torch.zeros(4, 5)}, ValueError, r"v: expected shape \(4, 6\), got \(4, 5\)"),
         ({"v": torch.zeros(4, 6).half()}, TypeError, "v: expected .* got torch.float16"),
+        (
+            {"p": torch.zeros(4, 6).half(), "stochastic_rounding": True},
+            TypeError,
+            "p with stochastic_rounding: expected .*bfloat16, got torch.float16",
+        ),
         ({"last": torch.zeros(4)}, TypeError, "last: expected torch.int32, got torch.float32"),
         ({"last": torch.zeros(3).int()}, ValueError, r"last: expected shape \(4\), got \(3,\)"),
         ({"scale": torch.ones(1)}, ValueError, r"scale: expected shape \(\), got \(1,\)"),
@@ -412,7 +440,7 @@ def test_projected_rows_have_a_limit():
         for target in TARGETS
         for variant in (*adam.variants(), *gradients.variants())
         if (target == "H100" and ("no-m" not in variant or "both" in variant))
-        or variant in ("bf16-8192-project", "fp32-both", "constants")
+        or variant in ("bf16-8192-project", "fp32-both", "fp16-4096-project", "constants")
     ],
 )
 def test_compiled(target, variant):

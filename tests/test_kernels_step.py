@@ -96,6 +96,23 @@ def bf16_losses(device: str) -> list[float]:
     return losses
 
 
+def fp16_losses(device: str) -> list[float]:
+    """A run with float16 weights, whose moments are float32."""
+    sae = SAE(SAEConfig(D, F, TopK(K), dtype="float16"), device=device, backend="triton")
+    adam = Adam(sae.parameters(), lr=1e-2, unit_rows=[sae.W_dec], backend="triton")
+    x = batches()[0].to(device)
+    losses = []
+    for _ in range(6):
+        adam.zero_grad()
+        loss = sae.losses(x).loss
+        loss.backward()
+        adam.step()
+        losses.append(float(loss.detach()))
+    assert all(p.dtype == torch.float16 for p in sae.parameters())
+    assert all(s["exp_avg_sq"].dtype == torch.float32 for s in adam.state.values())
+    return losses
+
+
 def interpret(function, *args):
     return interpreted(function, "cpu", *args)
 
@@ -138,4 +155,10 @@ def test_a_bad_step_writes_nothing(run):
 @run_all
 def test_bf16_weights_and_state_train(run):
     losses = run(bf16_losses)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@run_all
+def test_fp16_weights_train(run):
+    losses = run(fp16_losses)
     assert losses[-1] < 0.8 * losses[0]

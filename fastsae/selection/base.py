@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae import ops
+from fastsae.blocked import row_norms
 from fastsae.codes import Codes
 
 Score = Literal["activation", "activation·decoder_norm"]
@@ -191,15 +192,9 @@ def fold_weighted(rule: str, score: str) -> None:
         )
 
 
-def row_norms(W: Tensor) -> Tensor:
-    """‖W[i]‖ (F), float32; a constant."""
-    wide = torch.promote_types(W.dtype, torch.float32)
-    return torch.linalg.vector_norm(W.detach(), dim=1, dtype=wide).float()
-
-
 def score_scale(call: Call, score: str) -> Tensor | None:
     """What the scores of this name are weighted with (F), or None."""
-    return None if score == "activation" else row_norms(call.W_dec)
+    return None if score == "activation" else row_norms(call.W_dec.detach())
 
 
 def average_(total: Tensor, weight: Tensor, value: Tensor, decay: float, seen: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
+from fastsae.blocked import row_norms
 from fastsae.codes import Codes
 from fastsae.selection.base import (
     Call,
@@ -21,7 +22,6 @@ from fastsae.selection.base import (
     check_number,
     check_score,
     fold_weighted,
-    row_norms,
     score_scale,
 )
 
@@ -59,7 +59,7 @@ class _BatchBudget:
         if not bool(state.threshold_weight > 0):
             return None
         theta = state.threshold_total / state.threshold_weight
-        return theta if self.score == "activation" else theta / row_norms(W_dec)
+        return theta if self.score == "activation" else theta / row_norms(W_dec.detach())
 
     def select(self, call: Call) -> Selected:
         scale = score_scale(call, self.score)
@@ -101,7 +101,7 @@ class BatchTopK(_BatchBudget, Selection):
     has_inference_form: ClassVar[bool] = True
     k: int
     score: Score = "activation"
-    decay: float = 0.99
+    decay: float = 0.95
     """Of the average that the threshold of inference is."""
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class MutualChoice(_BatchBudget, Selection):
     budget: float
     """Pairs a token, on average."""
     score: Score = "activation"
-    decay: float = 0.99
+    decay: float = 0.95
     """Of the average that the threshold of inference is."""
 
     def __post_init__(self) -> None:
@@ -154,7 +154,7 @@ class Matryoshka(_BatchBudget, Selection):
     groups: tuple[float, ...] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
     bias_term: bool = True
     score: Score = "activation"
-    decay: float = 0.99
+    decay: float = 0.95
     """Of the average that the threshold of inference is."""
 
     def __post_init__(self) -> None:

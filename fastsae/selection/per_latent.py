@@ -96,7 +96,7 @@ class FeatureChoice(Selection):
     """The largest share of the tokens that a latent may take."""
     warmup: float = 0.1
     aux_zipf: float = 0.1
-    decay: float = 0.99
+    decay: float = 0.97
     """Of the averages of firing rates and thresholds."""
 
     def __post_init__(self) -> None:

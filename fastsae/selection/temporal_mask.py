@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
+from fastsae.blocked import row_norms
 from fastsae.codes import Codes
 from fastsae.selection.base import (
     Call,
@@ -18,7 +19,6 @@ from fastsae.selection.base import (
     check_k,
     check_number,
     latent_sums,
-    row_norms,
 )
 from fastsae.selection.per_batch import BatchTopK
 from fastsae.selection.per_token import TopK
@@ -117,7 +117,7 @@ class TemporalMask(Selection):
         vals = codes.vals.float()
         fired = latent_sums((codes.idx >= 0).float(), codes, call.backend)
         squares = latent_sums(vals * vals, codes, call.backend)
-        norms = row_norms(call.W_dec)
+        norms = row_norms(call.W_dec.detach())
         n = max(codes.n_tokens, 1)
         value = latent_sums(vals, codes, call.backend) / fired.clamp(min=1)
         for total, average in (
