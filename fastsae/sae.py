@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastsae import losses, ops
+from fastsae.blocked import total
 from fastsae.codes import Codes
 from fastsae.selection import Call, Selected, Selection, State, TopK
 
@@ -134,6 +135,8 @@ class SAEOutput:
     codes), "auxk", "multi_topk" and those of the selection rule where they apply."""
     metrics: dict[str, Tensor]
     """"l0", the mean number of active latents a token, and in training "n_dead"."""
+    fired: Tensor
+    """(F) bool: the latents that are active in a token."""
     reconstruction: Tensor | None
     """x̂ in the input's leading shape, (…, D_out); None if not asked for."""
 
@@ -250,17 +253,14 @@ class SAE(nn.Module):
     ) -> Codes:
         """The codes of x (…, D), its leading dimensions flattened to N tokens.
 
-        In the rule's form for training or for inference, by default as the module is; inference,
-        too, where that for training keeps no codes. gradient: of a language model's loss at x, for
-        rules that look at it.
+        In the rule's form for training or for inference, by default as the module is. gradient: of
+        a language model's loss at x, for rules that look at it.
         """
         call = self._call(self._scaled(x), gradient)
         call.training = self.training if training is None else training
+        call.needs_codes = True
         codes = self.config.selection.select(call).codes
-        if codes is None:  # a rule that keeps none above a density, and looks at each pair alone
-            call.training = False
-            codes = self.config.selection.select(call).codes
-            assert codes is not None
+        assert codes is not None
         return codes
 
     def decode(self, codes: Codes, x: Tensor | None = None) -> Tensor:
@@ -341,7 +341,8 @@ class SAE(nn.Module):
             assert selected.reconstruction is not None
             xhat = selected.reconstruction.x_hat
             error = xhat - y
-            sse, l0 = error.square().sum(), selected.reconstruction.l0
+            sse, l0 = total(error.square(), backend=self.backend), selected.reconstruction.l0
+            fired = selected.reconstruction.fired
         else:
             parts = c.selection.parts(codes) if self.training else None
             if parts is None:
@@ -349,7 +350,7 @@ class SAE(nn.Module):
             else:
                 nested, sse, error = losses.nested_error(self._error, parts, self.b_dec, y)
                 xhat = error + y
-            l0 = (codes.vals.detach() != 0).sum() / n
+            l0, fired = (codes.vals.detach() != 0).sum() / n, self._fired(codes)
         terms = {"mse": sse / elements}
         loss = terms["mse"]
         if nested is not None:
@@ -362,7 +363,7 @@ class SAE(nn.Module):
             loss = loss + coef * term
         metrics = {"l0": l0}
         if self.training:
-            is_dead = self._count_fired(selected, len(tokens))
+            is_dead = self._count_fired(fired, len(tokens))
             metrics["n_dead"] = is_dead.sum()
             if c.auxk_coef:  # waits for a GPU: how many are dead decides shapes
                 dead = c.selection.revivable(self.selection_state, is_dead)
@@ -379,7 +380,7 @@ class SAE(nn.Module):
                 xhat = xhat + skipped
             xhat = (xhat / self._out_scale).to(x.dtype)
             reconstruction = xhat.reshape(*x.shape[:-1], self.b_dec.numel())
-        return SAEOutput(codes, loss, terms, metrics, reconstruction)
+        return SAEOutput(codes, loss, terms, metrics, fired, reconstruction)
 
     def _multi_topk(self, call: Call) -> Selected | None:
         """The codes with 4k latents a token, where the Multi-TopK loss wants them."""
@@ -409,17 +410,16 @@ class SAE(nn.Module):
         )
 
     @torch.no_grad()
-    def _count_fired(self, selected: Selected, n_tokens: int) -> Tensor:
+    def _fired(self, codes: Codes) -> Tensor:
+        nowhere = self.config.d_sae
+        fired = torch.zeros(nowhere + 1, dtype=torch.bool, device=codes.device)
+        fired.index_fill_(0, codes.idx.where(codes.vals != 0, nowhere).reshape(-1).long(), True)
+        return fired[:-1]
+
+    @torch.no_grad()
+    def _count_fired(self, fired: Tensor, n_tokens: int) -> Tensor:
         """Updates tokens_since_fired with this batch; returns which latents are dead (F)."""
         self.tokens_since_fired += n_tokens
-        if selected.codes is None:
-            assert selected.reconstruction is not None
-            fired = selected.reconstruction.fired
-        else:
-            vals, idx, nowhere = selected.codes.vals, selected.codes.idx, self.config.d_sae
-            fired = torch.zeros(nowhere + 1, dtype=torch.bool, device=idx.device)
-            fired.index_fill_(0, idx.where(vals != 0, nowhere).reshape(-1).long(), True)
-            fired = fired[:-1]
         self.tokens_since_fired.masked_fill_(fired, 0)
         return self.tokens_since_fired >= self.config.dead_after
 

@@ -286,29 +286,33 @@ def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, floa
     _check_widths(sae, source)
     was_training = sae.training
     sae.eval()
-    forms = {"": False}
-    if sae.config.selection.has_inference_form:
-        forms["training_"] = True
-    fvu = {form: metrics.FVU() for form in forms}
-    fired = {form: torch.zeros(sae.config.d_sae, dtype=torch.int64) for form in forms}
-    device = sae.W_dec.device
+    two_forms = sae.config.selection.has_inference_form
+    fvu, training_fvu = metrics.FVU(), metrics.FVU()
+    fired = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=sae.W_dec.device)
+    active = training_active = 0.0
     try:
-        for x, target, gradient in in_order(source, batch_size):
-            x = x.to(device)
-            for form, training in forms.items():
-                g = gradient.to(device) if gradient is not None and training else None
-                codes = sae.encode(x, g, training=training)
-                fvu[form].update(x if target is None else target, sae.decode(codes, x))
-                fired[form] += codes.firing_counts().to("cpu")
+        for batch in in_order(source, batch_size):
+            x, target, gradient = (None if t is None else t.to(fired.device) for t in batch)
+            assert x is not None
+            y = x if target is None else target
+            output = sae.losses(x, target, reconstruct=True)
+            assert output.reconstruction is not None
+            fvu.update(y, output.reconstruction)
+            fired |= output.fired
+            active += float(output.metrics["l0"]) * len(x)
+            if two_forms:
+                codes = sae.encode(x, gradient, training=True)
+                training_fvu.update(y, sae.decode(codes, x))
+                training_active += int((codes.vals != 0).sum())
     finally:
         sae.train(was_training)
     figures = {
-        "fvu": fvu[""].value,
-        "explained_variance": fvu[""].explained_variance,
-        "l0": metrics.l0(fired[""], source.n_rows),
-        "dead_share": metrics.dead_share(fired[""]),
+        "fvu": fvu.value,
+        "explained_variance": fvu.explained_variance,
+        "l0": active / source.n_rows,
+        "dead_share": 1 - float(fired.float().mean()),
     }
-    if "training_" in forms:
-        figures["training_fvu"] = fvu["training_"].value
-        figures["training_l0"] = metrics.l0(fired["training_"], source.n_rows)
+    if two_forms:
+        figures["training_fvu"] = training_fvu.value
+        figures["training_l0"] = training_active / source.n_rows
     return figures

@@ -49,6 +49,8 @@ class Call:
     training: bool = False
     progress: float = 1.0
     """Share of the training steps done, for schedules."""
+    needs_codes: bool = False
+    """Whether the codes are wanted however many they are."""
     precision: ops.Precision = "screened"
     backend: str | None = None
 

@@ -83,7 +83,7 @@ class _PerPair:
         latents, pairs = self.latents(call), self.pairs(call)
         thresholds = self.thresholds(call, latents)
         n_latents = len(call.W_enc)
-        limit = pair_limit(len(call.x), n_latents) if call.training else None
+        limit = None if call.needs_codes else pair_limit(len(call.x), n_latents)
         try:
             h, idx, row_ptr = ops.encode_threshold(
                 *call.encoder, thresholds=thresholds, limit=limit, **call.options
@@ -118,7 +118,7 @@ class _PerPair:
         found: Blocked = blocked(
             pairs, *call.encoder, call.W_dec, call.b_dec, latents, **call.options
         )
-        terms = self._terms(call, list(found.totals))
+        terms = self._terms(call, list(found.totals)) if call.training else {}
         if found.frozen is not None and call.target is not None:
             error = found.frozen - call.target
             sse = total(error * error, backend=call.backend)
