@@ -63,6 +63,7 @@ def make_call(
         state.place.fill_(3)
         state.sums.copy_(randn(2, 10, seed=99).abs())
     options = {"training": True, "progress": 0.5, "backend": "reference", **options}
+    options["needs_codes"] = not options["training"]
     return Call(**t, state=state, **options)
 
 
@@ -252,6 +253,8 @@ def test_the_sparse_form_is_tried_first_and_only_up_to_the_limit(rule, monkeypat
     call.b_enc.data += 100
     assert rule.select(call).codes is None
     call.training = False
+    assert rule.select(call).codes is None
+    call.needs_codes = True
     assert rule.select(call).codes is not None
 
 
