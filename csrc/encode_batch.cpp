@@ -51,6 +51,12 @@ int64_t kth_smallest(const int64_t* v, int64_t n, int64_t k) {
   return low;
 }
 
+struct Lock {
+  explicit Lock(pthread_mutex_t& m) : mutex(m) { pthread_mutex_lock(&mutex); }
+  ~Lock() { pthread_mutex_unlock(&mutex); }
+  pthread_mutex_t& mutex;
+};
+
 class Pool {
  public:
   Pool(int64_t k, int64_t n_pairs, const Exact& e)
@@ -80,7 +86,7 @@ class Pool {
     int64_t count;
   };
   void take(Hits& hits) {
-    pthread_mutex_lock(&mutex);
+    const Lock lock(mutex);
     if (count + hits.count > capacity) make_room();
     const float least = threshold();
     for (int64_t i = 0; i < hits.count; ++i) {
@@ -91,7 +97,6 @@ class Pool {
       latent.data[count] = hits.latent[i];
       count += hits.upper[i] >= least;
     }
-    pthread_mutex_unlock(&mutex);
     hits.count = 0;
   }
 

@@ -1,6 +1,6 @@
 // encode_threshold: all pairs with h[n,i] > thresholds[i], as rows of tokens. A pair that the screen
-// cannot rule out is scored exactly at once, while its latent's row is in the cache, so memory holds
-// nothing but the result.
+// cannot rule out is scored exactly at once, while its latent's row is in the cache. Memory: the
+// pairs, and while they become rows up to 56 bytes for each.
 #include "encode.h"
 #include "pairs.h"
 

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cfenv>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 
@@ -19,6 +20,8 @@ struct Job {
   int64_t n_tasks;
   std::atomic<int64_t> next_task{0};
   std::atomic<int> next_worker{0};
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr failure;  // the first that a task threw
   std::fenv_t
       env{};  // the caller's rounding and flush-to-zero modes: bits must not depend on the thread
 
@@ -29,7 +32,12 @@ struct Job {
     std::fegetenv(&own);
     std::fesetenv(&env);
     const int worker = next_worker.fetch_add(1);
-    for (int64_t task; (task = next_task.fetch_add(1)) < n_tasks;) fn(context, task, worker);
+    try {
+      for (int64_t task; (task = next_task.fetch_add(1)) < n_tasks;) fn(context, task, worker);
+    } catch (...) {  // an exception must not leave a thread that the caller waits for
+      next_task = n_tasks;
+      if (!failed.test_and_set()) failure = std::current_exception();
+    }
     std::fesetenv(&own);
   }
 };
@@ -101,6 +109,7 @@ void run_tasks(int64_t n_tasks, int threads, TaskFn fn, void* context) {
                     static_cast<unsigned>(threads), 0);
   else
     pool->run(job, threads);
+  if (job.failure) std::rethrow_exception(job.failure);
 }
 
 }  // namespace fastsae

@@ -12,6 +12,7 @@ namespace fastsae {
 using TaskFn = void (*)(void* context, int64_t task, int worker);
 
 // Runs tasks 0..n_tasks-1 on at most `threads` threads (the caller is worker 0) and waits for them.
+// What a task throws ends the others early and is thrown again here.
 // While another Python thread holds the pool, the caller does its tasks alone.
 void run_tasks(int64_t n_tasks, int threads, TaskFn fn, void* context);
 

@@ -84,3 +84,33 @@ def test_step(auxk, clip):
 def test_gradient_matrices_would_be_seen():
     """torch's own Adam needs them: the same measurement shows both."""
     assert step("torch-adam")["peak"] >= 2 * 4 * F * D
+
+
+WANT_OF_MEMORY = """
+import resource, sys
+import torch
+from fastsae import cpu
+
+torch.set_num_threads(2)
+n, f = 200_000, 256
+x, W = torch.rand(n, 1), -torch.rand(f, 1)
+every, one = (torch.full((f,), k, dtype=torch.int32) for k in (n, 1))
+cpu.encode_columns(x[:100], W, None, one, f)  # the threads are there
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (int(sys.argv[1]) << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
+try:
+    cpu.encode_columns(x, W, None, every, n * f)
+except MemoryError:
+    print("MemoryError")
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+x, W = torch.randn(200, 32), torch.randn(300, 32)
+again = [cpu.encode_batch(x, W, None, 50, forced={"threads": t})[0] for t in (1, 2)]
+print(torch.equal(*again))
+"""
+
+
+@pytest.mark.parametrize("mebibytes", [450, 540])
+def test_want_of_memory_in_a_kernel_is_an_exception(mebibytes):
+    """Wherever a thread is when it gets none, the process lives, and the next call is right."""
+    assert run_child(WANT_OF_MEMORY, str(mebibytes)).split() == ["MemoryError", "True"]

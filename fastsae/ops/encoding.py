@@ -210,8 +210,8 @@ def encode(
     The score of a pair is h, or |h| with absolute, times scale (F, at least 0) where given, times
     1 + |<guide[n], W_dec[i]>| with guide (N, D_out) and W_dec (F, D_out); all three are constants.
     Returns vals (N, k), float32 or float64, by score descending then latent ascending, and idx (N,
-    k) int32; -1 and 0 pad where fewer than k are positive. ValueError for wrong shapes and
-    non-finite numbers.
+    k) int32; -1 and 0 pad where fewer than k are positive. ValueError for wrong shapes and, where
+    something is to be selected, for non-finite numbers.
 
     Exact: the values come from one fixed-order fp32 dot product, which also decides. precision says
     how the pairs worth it are found: "screened", by the fastest product whose error is bounded
@@ -321,8 +321,9 @@ def encode_threshold(
     """As `encode`, of all pairs with h > thresholds[i] (F, or 0-d for all), a constant.
 
     Returns vals and idx (nnz) and row_ptr as `encode_batch`; values are negative where a threshold
-    is. inf shuts a latent out. TooManyPairs (fastsae.reference) where more than limit pairs pass.
-    Waits for a GPU: nnz decides shapes.
+    is. inf shuts a latent out. TooManyPairs (fastsae.reference) where more than limit pairs pass,
+    and then perhaps no ValueError for numbers that are not finite. Waits for a GPU: nnz decides
+    shapes.
     """
     _check_encoder(x, W_enc, b_enc, pre_bias, precision)
     thresholds = thresholds.detach().float().expand(len(W_enc)).contiguous()

@@ -1,9 +1,9 @@
 """Rules that decide each pair by itself, and have a penalty instead of a budget.
 
 A rule is an elementwise function of h and of some vectors (F), and thresholds: pairs with h at or
-below theirs contribute to no value, loss or gradient. Training takes the pairs above them, if there
-are at most 5 % (and 2²²); else it keeps none (`fastsae.blocked`). Inference takes all that are
-active. Gradients reach W_enc, b_enc, pre_bias, W_dec and the rule's own parameters alike.
+below theirs contribute to no value, loss or gradient. Training keeps the pairs above them, and
+inference the active ones, where these are at most 5 % (and 2²²); else none (`fastsae.blocked`),
+unless the codes are what is asked for. Gradients reach W_enc, b_enc, pre_bias, W_dec and the rule's own parameters alike.
 
 Coefficients  The SAE's loss is the mse, a mean over tokens and width; a penalty here is a sum over
     latents, averaged over the tokens. Published coefficients stand beside a squared error that is
