@@ -157,6 +157,8 @@ def rule_from(name: str, k: int, parameters: dict[str, str]) -> Selection:
     rule = Selection.rules[name]
     known = [f.name for f in fields(rule)]
     values: dict[str, Any] = {rule.k_name: k} if rule.k_name else {}
+    if "l0_target" in parameters:  # the other way to steer JumpReLU
+        values.pop("l0", None)
     for parameter, text in parameters.items():
         if parameter not in known:
             raise ValueError(
@@ -186,6 +188,11 @@ def _selection_parameters(args: list[str]) -> tuple[list[str], dict[str, str]]:
     return rest, found
 
 
+def l0_of(rule: Selection) -> float:
+    """The mean number of active latents a token that the rule aims at, 32 where it has no aim."""
+    return (rule.k_name and getattr(rule, rule.k_name)) or 32
+
+
 def run_training(
     config: SAEConfig,
     train: Source,
@@ -207,7 +214,7 @@ def run_training(
     if holdout.n_rows:
         figures.update(evaluate(sae, holdout))
     if holdout.n_rows and train.target is None:
-        figures["pca_components"] = min(getattr(config.selection, "k", 32), train.d_in)
+        figures["pca_components"] = min(round(l0_of(config.selection)), train.d_in)
         figures["pca_fvu"] = metrics.pca_fvu(
             (batch.x for batch in in_order(train, 4096)),
             (batch.x for batch in in_order(holdout, 4096)),

@@ -31,7 +31,7 @@ def to_jumprelu(sae: SAE, x: Tensor | None = None) -> SAE:
         raise ValueError("x: expected tokens to choose the threshold on, got None")
     jump = JumpReLU()
     new = SAE(
-        replace(config, selection=jump),
+        replace(config, selection=jump, multi_topk_coef=0.0),
         device=sae.W_dec.device,
         precision=sae.precision,
         backend=sae.backend,

@@ -23,17 +23,18 @@ def resample_dead_(
     (n, D) are drawn, each at most once while there are enough, with probability proportional to
     ‖x - x̂‖ (as in dictionary_learning; the report squares it). The row of W_enc becomes the token,
     centred as the encoder sees it, at 0.2 times the mean norm of the rows of live latents; that of
-    W_dec its direction, at norm 1 (for a transcoder that of the target); b_enc 0. The optimiser's
-    moments of those rows become 0.
+    W_dec its direction, at norm 1 (for a transcoder that of the target); b_enc 0, and what the rule
+    holds of the latent as at the start. The optimiser's moments of all these become 0.
     """
     dead = (sae.tokens_since_fired >= sae.config.dead_after).nonzero()[:, 0]
     if len(dead) == 0 or len(x) == 0:
         return 0
     was_training = sae.training
     sae.eval()
-    codes = sae.encode(x)
     y = x if target is None else target
-    errors = (y - sae.decode(codes, x)).float().norm(dim=1).double().cpu()
+    x_hat = sae.losses(x, target, reconstruct=True).reconstruction
+    assert x_hat is not None
+    errors = (y - x_hat).float().norm(dim=1).double().cpu()
     sae.train(was_training)
     if not bool(errors.sum() > 0):
         return 0
@@ -55,7 +56,9 @@ def resample_dead_(
     sae.W_dec[dead] = torch.nn.functional.normalize(outputs, dim=1).to(sae.W_dec.dtype)
     if sae.b_enc is not None:
         sae.b_enc[dead] = 0
-    for p in (sae.W_enc, sae.W_dec, sae.b_enc):
+    sae.config.selection.restart_(sae.selection_state, dead)
+    own = [p for p in sae.selection_state.parameters() if p.ndim == 1]
+    for p in (sae.W_enc, sae.W_dec, sae.b_enc, *own):
         state = {} if p is None else optimizer.state.get(p, {})
         for name, moment in state.items():
             if name.startswith("exp_avg"):

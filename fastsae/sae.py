@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +99,9 @@ class SAEConfig:
             raise ValueError("apply_b_dec_to_input: expected False with d_out, got True")
         if self.skip and not self.is_transcoder:
             raise ValueError("skip: expected d_out with it (a transcoder), got none")
+        if self.is_transcoder and self.selection.needs_gradient:
+            name = self.selection.name
+            raise ValueError(f"selection: expected a rule without gradients with d_out, got {name}")
         if self.multi_topk_coef and not isinstance(self.selection, TopK):
             raise ValueError("multi_topk_coef: expected a TopK selection with it")
 
@@ -332,7 +335,7 @@ class SAE(nn.Module):
         multi = self._multi_topk(call)
         selected = multi or c.selection.select(call)
         if multi is not None:
-            selected = self._first_k(multi)
+            selected = self._first_k(multi, call)
         codes, n = selected.codes, max(len(tokens), 1)
         xhat: Tensor | None
         elements = n * y.shape[1]
@@ -363,16 +366,19 @@ class SAE(nn.Module):
             loss = loss + coef * term
         metrics = {"l0": l0}
         if self.training:
-            is_dead = self._count_fired(fired, len(tokens))
+            finite = loss.detach().isfinite()
+            is_dead = self._count_fired(fired, len(tokens), finite)
             metrics["n_dead"] = is_dead.sum()
             if c.auxk_coef:  # waits for a GPU: how many are dead decides shapes
-                dead = c.selection.revivable(self.selection_state, is_dead)
+                dead = is_dead
+                if len(tokens):
+                    dead = c.selection.revivable(self.selection_state, is_dead, len(tokens))
                 latents = dead.nonzero()[:, 0].to(torch.int32)
                 if len(latents):
                     terms["auxk"] = self._auxk(tokens, y, sse, error, latents)
                     loss = loss + c.auxk_coef * terms["auxk"]
-            with torch.no_grad():
-                c.selection.observe(call, selected)
+            if len(tokens):
+                self._observe(call, selected, finite)
         reconstruction = None
         if reconstruct:
             assert xhat is not None
@@ -388,11 +394,12 @@ class SAE(nn.Module):
         if not (self.training and c.multi_topk_coef):
             return None
         assert isinstance(c.selection, TopK)
-        return c.selection.widened(4, c.d_sae).select(call)
+        wide = c.selection.widened(4, c.d_sae)  # k may still be above 4k where it is annealed
+        return replace(wide, k=max(wide.k, c.selection.k_at(call))).select(call)
 
-    def _first_k(self, wide: Selected) -> Selected:
+    def _first_k(self, wide: Selected, call: Call) -> Selected:
         assert isinstance(self.config.selection, TopK) and wide.codes is not None
-        k = self.config.selection.k  # rows are in selection order, so their first k are the codes
+        k = self.config.selection.k_at(call)  # rows are in selection order: their first k
         return Selected(Codes(wide.codes.vals[:, :k], wide.codes.idx[:, :k], self.config.d_sae))
 
     def _error(
@@ -417,10 +424,23 @@ class SAE(nn.Module):
         return fired[:-1]
 
     @torch.no_grad()
-    def _count_fired(self, fired: Tensor, n_tokens: int) -> Tensor:
-        """Updates tokens_since_fired with this batch; returns which latents are dead (F)."""
-        self.tokens_since_fired += n_tokens
-        self.tokens_since_fired.masked_fill_(fired, 0)
+    def _observe(self, call: Call, selected: Selected, finite: Tensor) -> None:
+        """Lets the rule update its state, unless the loss is not finite: a bad step writes nothing.
+
+        Nothing here waits for a GPU.
+        """
+        tensors = [*self.selection_state.parameters(), *self.selection_state.buffers()]
+        before = [(t, t._version, t.clone()) for t in tensors]
+        self.config.selection.observe(call, selected)
+        for tensor, version, old in before:
+            if tensor._version != version:
+                tensor.copy_(tensor.where(finite, old))
+
+    @torch.no_grad()
+    def _count_fired(self, fired: Tensor, n_tokens: int, finite: Tensor) -> Tensor:
+        """Updates tokens_since_fired with a good batch; returns which latents are dead (F)."""
+        self.tokens_since_fired += n_tokens * finite
+        self.tokens_since_fired.masked_fill_(fired & finite, 0)
         return self.tokens_since_fired >= self.config.dead_after
 
     def _auxk(self, tokens: Tensor, y: Tensor, sse: Tensor, error: Tensor, dead: Tensor) -> Tensor:

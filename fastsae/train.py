@@ -228,6 +228,7 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
+        self.sae.progress = min(1.0, self.step_count / self.config.steps)
         seconds = time.perf_counter() - start
         for name, p in self.sae.named_parameters():  # what the last update wrote is in no loss
             if not bool(torch.isfinite(p).all()):
@@ -286,7 +287,8 @@ def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, floa
     _check_widths(sae, source)
     was_training = sae.training
     sae.eval()
-    two_forms = sae.config.selection.has_inference_form
+    rule = sae.config.selection
+    two_forms = rule.has_inference_form and not (rule.needs_gradient and source.gradient is None)
     fvu, training_fvu = metrics.FVU(), metrics.FVU()
     fired = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=sae.W_dec.device)
     active = training_active = 0.0

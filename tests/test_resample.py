@@ -4,10 +4,11 @@ import pytest
 import torch
 from common import randn
 
-from fastsae import SAE, SAEConfig, TopK
+from fastsae import SAE, SAEConfig, Selection, TopK
 from fastsae.data import open_source
 from fastsae.optim import Adam
 from fastsae.resample import resample_dead_
+from fastsae.selection import FeatureChoice, Gated, JumpReLU, TemporalMask
 from fastsae.train import TrainConfig, Trainer
 
 N, D, F, K = 64, 12, 48, 4
@@ -93,3 +94,31 @@ def test_the_trainer_resamples_on_schedule() -> None:
     assert dead_after(10) == 0
     with pytest.raises(ValueError, match="resample_every: expected at least 1, got 0"):
         TrainConfig(resample_every=0)
+
+
+@pytest.mark.parametrize(
+    "rule", [JumpReLU(threshold=0.5), Gated(), FeatureChoice(K), TemporalMask(K)], ids=repr
+)
+def test_what_the_rule_holds_of_a_dead_latent_starts_anew(rule: Selection) -> None:
+    sae = SAE(SAEConfig(D, F, rule, dead_after=1000)).train()
+    adam = Adam(sae.parameters(), unit_rows=[sae.W_dec])
+    fresh = {n: t.clone() for n, t in sae.selection_state.state_dict().items()}
+    adam.zero_grad()
+    sae.losses(randn(N, D, seed=1)).loss.backward()
+    adam.step()
+    with torch.no_grad():
+        for t in sae.selection_state.state_dict().values():
+            t += 1
+    sae.tokens_since_fired[DEAD] = 1000
+    resample_dead_(sae, adam, randn(N, D, seed=2))
+    live = torch.ones(F, dtype=torch.bool)
+    live[DEAD] = False
+    started_anew = 0
+    for name, t in sae.selection_state.state_dict().items():
+        if t.ndim and name != "rate":
+            assert torch.equal(t[DEAD], fresh[name][DEAD]), name
+            assert not torch.equal(t[live], fresh[name][live]), name
+            started_anew += 1
+    assert started_anew
+    for p in sae.selection_state.parameters():
+        assert (adam.state[p]["exp_avg"][DEAD] == 0).all() and p.ndim == 1

@@ -375,14 +375,16 @@ def test_feature_choice_spends_every_latents_budget() -> None:
 
 
 def test_feature_choice_revives_what_fires_too_seldom() -> None:
-    rule = FeatureChoice(K, warmup=0.0, aux_zipf=0.5)
+    rule, n = FeatureChoice(K, warmup=0.0, aux_zipf=0.5), 1000
     state = State(rule.state(D, F))
-    granted = zipf_budgets(F, K << 16, 1 << 16).float() / (1 << 16)
-    state.rate.copy_(granted)
     none = torch.zeros(F, dtype=torch.bool)
-    assert not rule.revivable(state, none).any()
-    state.rate[-1] = granted[-1] * 0.4
-    assert rule.revivable(state, none).nonzero().flatten().tolist() == [F - 1]
+    assert not rule.revivable(state, none, n).any()  # nothing is known of any
+    granted = zipf_budgets(F, K * n, n) / n
+    state.rate.copy_(granted * 0.3)
+    state.rate_weight.fill_(0.3)
+    assert not rule.revivable(state, none, n).any()
+    state.rate[-1] *= 0.4
+    assert rule.revivable(state, none, n).nonzero().flatten().tolist() == [F - 1]
 
 
 def test_the_threshold_is_the_average_of_the_smallest_selected() -> None:
@@ -466,6 +468,46 @@ def test_every_rule_is_documented() -> None:
     }
 
 
+@ALL
+def test_a_bad_step_leaves_no_trace_in_the_rule(name: str) -> None:
+    sae = make(RULES[name], "cpu")
+    x, g = inputs()
+    sae.losses(x, None, g)
+    before = {n: t.detach().clone() for n, t in sae.selection_state.state_dict().items()}
+    since = sae.tokens_since_fired.clone()
+    with torch.no_grad():
+        sae.b_dec.fill_(3e38)  # x̂ overflows
+        sae.config.__dict__["apply_b_dec_to_input"] = False
+    assert not sae.losses(x, None, g).loss.isfinite()
+    for key, value in sae.selection_state.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert torch.equal(sae.tokens_since_fired, since)
+
+
+@ALL
+def test_the_state_is_never_narrowed(name: str) -> None:
+    sae = make(RULES[name], "cpu").bfloat16()
+    assert sae.W_enc.dtype == torch.bfloat16
+    assert all(t.dtype != torch.bfloat16 for t in sae.selection_state.state_dict().values())
+    x, g = inputs()
+    sae.losses(x, None, g).loss.backward()
+
+
+def test_thresholds_of_feature_choice_are_not_negative() -> None:
+    """Whatever the spread of the smallest values."""
+    rule = FeatureChoice(2, warmup=0.0)
+    sae = make(rule, "cpu")
+    for step in range(30):
+        sae.losses(inputs(step)[0] * (10 if step % 2 else 0.1))
+    theta = rule.inference_thresholds(sae.selection_state, sae.W_dec)
+    assert theta is not None and (theta >= 0).all()
+
+
+def test_annealing_holds_with_multi_topk() -> None:
+    sae = make(TopK(2, anneal=0.8, k_start=20), "cpu", multi_topk_coef=0.125)
+    assert sae.losses(inputs()[0]).codes.idx.shape == (N, 11)
+
+
 # ---- what is refused ----
 
 REFUSED = [
@@ -474,6 +516,13 @@ REFUSED = [
     (lambda: TopK(4, k_start=3), "k_start: expected at least k = 4, got 3"),
     (lambda: TopK(4, nested=(2, 2)), r"nested: expected ascending budgets in \[1, 4\)"),
     (lambda: TopK(4, nested=(4,)), r"nested: expected ascending budgets in \[1, 4\)"),
+    (lambda: TopK(4, nested=(1.5, 2)), "nested: expected ascending budgets"),
+    (lambda: BatchTopK(4, decay=1.0), "decay: expected a number below 1, got 1"),
+    (lambda: Matryoshka(4, bias_term="False"), "bias_term: expected True or False, got 'False'"),
+    (lambda: FeatureChoice(4, floor=1.5), "floor: expected an integer, got 1.5"),
+    (lambda: TemporalMask(4, seed=0.5), "seed: expected an integer, got 0.5"),
+    (lambda: SAEConfig(D, F, GradientTopK(4), d_out=D), "expected a rule without gradients with"),
+    (lambda: SAEConfig.from_dict({"selection": "topk"}), "selection: expected a name and par"),
     (lambda: GroupTopK(5).check(F), "k: expected a divisor of d_sae = 48, got 5"),
     (lambda: MutualChoice(-1.0), "budget: expected a number of at least 0, got -1.0"),
     (lambda: MutualChoice(math.inf), "budget: expected a number of at least 0, got inf"),

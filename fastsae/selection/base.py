@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -26,6 +27,16 @@ class State(nn.Module):
                 self.register_parameter(name, tensor)
             else:
                 self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> State:
+        """Follows to other devices, but to no narrower dtype, which averages would not bear."""
+
+        def moved(t: Tensor) -> Tensor:
+            new = fn(t)
+            wide = torch.promote_types(new.dtype, t.dtype)
+            return new if new.dtype == wide else t.to(new.device)
+
+        return super()._apply(moved, recurse)
 
 
 @dataclass(eq=False)
@@ -123,9 +134,12 @@ class Selection:
     def observe(self, call: Call, selected: Selected) -> None:
         """Updates call.state after `select` in a training step; without gradients."""
 
-    def revivable(self, state: Any, is_dead: Tensor) -> Tensor:
+    def revivable(self, state: Any, is_dead: Tensor, n_tokens: int) -> Tensor:
         """(F) bool: the latents that the AuxK loss is to revive, given those that are dead."""
         return is_dead
+
+    def restart_(self, state: Any, latents: Tensor) -> None:
+        """Sets back what the state holds of these latents (ids), which start anew."""
 
     def parts(self, codes: Codes) -> list[tuple[float, Codes]] | None:
         """For losses on nested prefixes of the codes: what each prefix adds, and its weight."""
@@ -152,6 +166,8 @@ class Selection:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Selection:
         """The inverse of `to_dict`; ValueError for an unknown name or parameter."""
+        if not isinstance(data, dict):
+            raise ValueError(f"selection: expected a name and parameters, got {data!r}")
         parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         name = parameters.pop("name", None)
         if name not in Selection.rules:
@@ -178,6 +194,17 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf) -> N
     if not is_number or not low <= value <= high or math.isinf(value):
         limit = f"in [{low}, {high}]" if high < math.inf else f"of at least {low}"
         raise ValueError(f"{name}: expected a number {limit}, got {value!r}")
+
+
+def check_decay(decay: Any) -> None:
+    check_number("decay", decay, 0, 1)
+    if decay == 1:
+        raise ValueError("decay: expected a number below 1, got 1")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
 def check_score(score: str) -> None:

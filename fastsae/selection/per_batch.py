@@ -18,6 +18,8 @@ from fastsae.selection.base import (
     Selected,
     Selection,
     average_,
+    check_decay,
+    check_flag,
     check_k,
     check_number,
     check_score,
@@ -44,7 +46,7 @@ class _BatchBudget:
 
     def __post_init__(self) -> None:
         check_score(self.score)
-        check_number("decay", self.decay, 0, 1)
+        check_decay(self.decay)
 
     def check(self, d_sae: int) -> None:
         if self.pairs_per_token > d_sae:
@@ -160,6 +162,7 @@ class Matryoshka(_BatchBudget, Selection):
     def __post_init__(self) -> None:
         check_k(self.k)
         super().__post_init__()
+        check_flag("bias_term", self.bias_term)
         for share in self.groups:
             check_number("groups", share, 0, 1)
         if not self.groups or min(self.groups) <= 0 or abs(sum(self.groups) - 1) > 1e-6:

@@ -16,6 +16,7 @@ from fastsae.selection.base import (
     Call,
     Selected,
     Selection,
+    check_decay,
     check_k,
     check_number,
     latent_sums,
@@ -64,7 +65,9 @@ def zipf_budgets(
     return whole.to(torch.int32)
 
 
-_cached_zipf_budgets = functools.lru_cache(maxsize=4)(zipf_budgets)  # the same for every batch
+@functools.lru_cache(maxsize=4)  # the same for every batch
+def _zipf_budgets_on(device: torch.device, *sizes: int, **law: Any) -> Tensor:
+    return zipf_budgets(*sizes, **law).to(device)
 
 
 @dataclass(frozen=True)
@@ -108,16 +111,18 @@ class FeatureChoice(Selection):
             ("cap", 0, 1),
             ("warmup", 0, 1),
             ("aux_zipf", 0, 1),
-            ("decay", 0, 1),
         ):
             check_number(name, getattr(self, name), low, high)
+        if not isinstance(self.floor, int):
+            raise ValueError(f"floor: expected an integer, got {self.floor!r}")
+        check_decay(self.decay)
 
     def check(self, d_sae: int) -> None:
         TopK(self.k).check(d_sae)
 
     def state(self, d_in: int, d_sae: int) -> dict[str, Tensor]:
         names = ("smallest", "smallest_square", "selected", "weight", "rate")
-        return {name: torch.zeros(d_sae) for name in names}
+        return {name: torch.zeros(d_sae) for name in names} | {"rate_weight": torch.zeros(())}
 
     def inference_thresholds(self, state: Any, W_dec: Tensor) -> Tensor | None:
         seen = state.weight > 0
@@ -127,12 +132,14 @@ class FeatureChoice(Selection):
         mean, m = state.smallest / weight, (state.selected / weight).clamp(min=1)
         variance = (state.smallest_square / weight - mean * mean).clamp(min=0)
         sigma = (variance / torch.polygamma(1, m)).sqrt()
-        return (mean - sigma * (m.log() - torch.digamma(m))).where(seen, math.inf)
+        theta = (mean - sigma * (m.log() - torch.digamma(m))).clamp(min=0)
+        return theta.where(seen, math.inf)
 
     def _granted(self, state: Any, n_tokens: int) -> Tensor:
         """Budgets (F) int32 of a batch, by rank of the firing rate, then latent."""
         n_latents = len(state.rate)
-        by_rank = _cached_zipf_budgets(
+        by_rank = _zipf_budgets_on(
+            state.rate.device,
             n_latents,
             self.k * n_tokens,
             n_tokens,
@@ -140,7 +147,7 @@ class FeatureChoice(Selection):
             offset=self.offset,
             floor=self.floor,
             cap=self.cap,
-        ).to(state.rate.device)
+        )
         order = state.rate.sort(descending=True, stable=True).indices
         return torch.empty_like(by_rank).index_copy_(0, order, by_rank)
 
@@ -175,11 +182,16 @@ class FeatureChoice(Selection):
             (s.weight, torch.ones_like(fired)),
         ):
             total.mul_(1 - rate).add_(rate * value)
-        s.rate.lerp_(fired / max(codes.n_tokens, 1), 1 - self.decay)
+        s.rate.mul_(self.decay).add_(fired / codes.n_tokens, alpha=1 - self.decay)
+        s.rate_weight.mul_(self.decay).add_(1 - self.decay)
 
-    def revivable(self, state: Any, is_dead: Tensor) -> Tensor:
-        granted = self._granted(state, 1 << 16).to(state.rate.dtype) / (1 << 16)
-        return is_dead | (state.rate < self.aux_zipf * granted)
+    def revivable(self, state: Any, is_dead: Tensor, n_tokens: int) -> Tensor:
+        granted = self._granted(state, n_tokens) / n_tokens
+        return is_dead | (state.rate < self.aux_zipf * granted * state.rate_weight)
+
+    def restart_(self, state: Any, latents: Tensor) -> None:
+        for tensor in (state.smallest, state.smallest_square, state.selected, state.weight):
+            tensor[latents] = 0
 
     def rescale_(self, state: Any, factor: float) -> None:
         state.smallest *= factor

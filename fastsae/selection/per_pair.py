@@ -3,7 +3,8 @@
 A rule is an elementwise function of h and of some vectors (F), and thresholds: pairs with h at or
 below theirs contribute to no value, loss or gradient. Training keeps the pairs above them, and
 inference the active ones, where these are at most 5 % (and 2²²); else none (`fastsae.blocked`),
-unless the codes are what is asked for. Gradients reach W_enc, b_enc, pre_bias, W_dec and the rule's own parameters alike.
+unless the codes are what is asked for. Gradients reach W_enc, b_enc, pre_bias, W_dec and the
+rule's own parameters alike.
 
 Coefficients  The SAE's loss is the mse, a mean over tokens and width; a penalty here is a sum over
     latents, averaged over the tokens. Published coefficients stand beside a squared error that is
@@ -104,7 +105,7 @@ class _PerPair:
                 idx,
                 call.W_dec.detach(),
                 None if call.b_dec is None else call.b_dec.detach(),
-                call.target,
+                call.target.detach(),
                 row_ptr=row_ptr,
                 reconstruct=False,
                 backend=call.backend,
@@ -120,7 +121,7 @@ class _PerPair:
         )
         terms = self._terms(call, list(found.totals)) if call.training else {}
         if found.frozen is not None and call.target is not None:
-            error = found.frozen - call.target
+            error = found.frozen - call.target.detach()
             sse = total(error * error, backend=call.backend)
             terms["frozen_mse"] = (1.0, sse / max(call.target.numel(), 1))
         l0 = found.n_active / max(len(call.x), 1)
@@ -244,6 +245,9 @@ class JumpReLU(_PerPair, Selection):
     def rescale_(self, state: Any, factor: float) -> None:
         state.log_threshold += math.log(factor)
 
+    def restart_(self, state: Any, latents: Tensor) -> None:
+        state.log_threshold[latents] = math.log(self.threshold)
+
     def fold_norms_(self, state: Any, norms: Tensor) -> None:
         state.log_threshold += norms.log()
 
@@ -300,6 +304,10 @@ class Gated(_PerPair, Selection):
 
     def rescale_(self, state: Any, factor: float) -> None:
         state.b_mag *= factor
+
+    def restart_(self, state: Any, latents: Tensor) -> None:
+        state.r_mag[latents] = 0
+        state.b_mag[latents] = 0
 
     def fold_norms_(self, state: Any, norms: Tensor) -> None:
         state.b_mag *= norms

@@ -17,6 +17,7 @@ from fastsae.selection.base import (
     Selected,
     Selection,
     average_,
+    check_decay,
     check_k,
     check_number,
     check_score,
@@ -52,7 +53,7 @@ class TopK(Selection):
             if self.k_start < self.k:
                 raise ValueError(f"k_start: expected at least k = {self.k}, got {self.k_start}")
         for smaller, larger in zip((0, *self.nested), (*self.nested, self.k), strict=True):
-            if not smaller < larger:
+            if not (isinstance(smaller, int) and smaller < larger):
                 raise ValueError(
                     f"nested: expected ascending budgets in [1, {self.k}), got {self.nested}"
                 )
@@ -147,7 +148,7 @@ class GradientTopK(Selection):
     def __post_init__(self) -> None:
         check_k(self.k)
         check_number("beta", self.beta, 0)
-        check_number("decay", self.decay, 0, 1)
+        check_decay(self.decay)
 
     def check(self, d_sae: int) -> None:
         TopK(self.k).check(d_sae)

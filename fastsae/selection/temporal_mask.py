@@ -16,6 +16,7 @@ from fastsae.selection.base import (
     Call,
     Selected,
     Selection,
+    check_decay,
     check_k,
     check_number,
     latent_sums,
@@ -63,10 +64,13 @@ class TemporalMask(Selection):
         check_k(self.k)
         if self.base not in ("topk", "batchtopk"):
             raise ValueError(f"base: expected topk or batchtopk, got {self.base!r}")
-        for name, high in (("rate", math.inf), ("warmup", 1), ("decay", 1)):
+        for name, high in (("rate", math.inf), ("warmup", 1)):
             check_number(name, getattr(self, name), 0, high)
         check_number("spread", self.spread, -1e6, 1e6)
         check_number("seed", self.seed, 0, 2**31)
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed: expected an integer, got {self.seed!r}")
+        check_decay(self.decay)
 
     @property
     def _base(self) -> TopK | BatchTopK:
@@ -127,8 +131,16 @@ class TemporalMask(Selection):
         ):
             rate = (1 - self.decay) * seen
             total.mul_(1 - rate).add_(rate * average)
-        s.weight.lerp_(torch.ones_like(s.weight), (1 - self.decay) * seen.float())
+        rate = (1 - self.decay) * seen
+        s.weight.mul_(1 - rate).add_(rate)
         s.step += 1
+
+    def inference_thresholds(self, state: Any, W_dec: Tensor) -> Tensor | None:
+        return self._base.inference_thresholds(state, W_dec)
+
+    def restart_(self, state: Any, latents: Tensor) -> None:
+        for tensor in (state.value, state.fired, state.energy, state.weight):
+            tensor[latents] = 0
 
     def rescale_(self, state: Any, factor: float) -> None:
         self._base.rescale_(state, factor)
