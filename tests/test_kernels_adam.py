@@ -447,7 +447,8 @@ def test_compiled(target, variant):
     module = gradients if variant in gradients.variants() else adam
     used = compiled(module.__name__, variant, TARGETS[target])
     assert used["registers"] <= 255
-    assert used["spills"] <= (400 if "16384" in variant else 0)
+    # Bytes of a thread; the tiles are tuned for an H100.
+    assert used["spills"] <= (400 if "16384" in variant else 0 if target == "H100" else 16)
     assert used["shared"] <= 65536
     assert used["atomics"] == 0
     if "ragged" not in variant and variant != "constants":
