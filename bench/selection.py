@@ -5,11 +5,11 @@
 
 The Trainer's own steps of all rules, taken in turn in one process, so that what else runs hits them
 alike; a rule's figure is the median of its steps ÷ TopK's, and ÷ one dense encoder product. Tokens
-have a few strong directions, as activations have. The rules without a budget (per_pair.py) have a
-threshold of their own from the start: `pairs` says how many pairs a token they had.
+have a few strong directions, as activations have. The rules without a budget (per_pair.py) get a
+bias with which K pairs a token pass, and, as "NAME, dense", one with which half of all do.
 
---memory: `fastsae train --selection NAME` for 20 steps at N 2048, D 384, F 262144 in a child
-process each, and the most memory it was resident, less that of weights and optimiser state.
+--memory: `fastsae train --selection NAME`, by default for 20 steps at N 2048, D 384, F 262144, in a
+child process each, and the most memory it was resident, less that of weights and optimiser state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from measure import Shape, parse_shape, product_seconds
 from step import machine
 
-from fastsae import SAE, SAEConfig, Selection
+from fastsae import SAE, SAEConfig, Selection, ops
 from fastsae.cli import rule_from
 from fastsae.data import Batch, open_source
 from fastsae.train import TrainConfig, Trainer
@@ -50,10 +50,19 @@ def tokens(n: int, d: int, seed: int) -> torch.Tensor:
     return torch.randn(n, d, generator=generator) + on.float() @ directions
 
 
-def trainer(rule: Selection, shape: Shape, x: torch.Tensor) -> Trainer:
-    _, d, f, _ = shape
+@torch.no_grad()
+def trainer(rule: Selection, shape: Shape, x: torch.Tensor, dense: bool) -> Trainer:
+    n, d, f, k = shape
     sae = SAE(SAEConfig(d, f, rule, dead_after=10**9))
     made = Trainer(sae, open_source(x), TrainConfig(steps=10**6, warmup_steps=0))
+    made.initialize()
+    if rule.k_name == "l0":
+        assert sae.b_enc is not None
+        least = 0.0
+        if not dense:
+            encoder = x * sae.input_scale, sae.W_enc, None, sae.b_dec
+            least = float(ops.encode_batch(*encoder, budget=k * n)[0].min())
+        sae.b_enc += getattr(rule, "threshold", 0.0) - least
     made.step_count = 10**6 // 2  # beyond the warm-up of rules that have one
     return made
 
@@ -61,10 +70,12 @@ def trainer(rule: Selection, shape: Shape, x: torch.Tensor) -> Trainer:
 def measure_rules(shape: Shape, names: list[str], steps: int) -> list[dict[str, object]]:
     n, d, _, k = shape
     batches = [Batch(tokens(n, d, seed), None, tokens(n, d, seed + 100)) for seed in range(1, 5)]
-    trainers = {
-        name: trainer(rule_from(name, k, {}), shape, batches[0].x)
-        for name in dict.fromkeys(["topk", *names])
-    }
+    trainers = {}
+    for name in dict.fromkeys(["topk", *names]):
+        rule = rule_from(name, k, {})
+        trainers[name] = trainer(rule, shape, batches[0].x, dense=False)
+        if rule.k_name == "l0":
+            trainers[f"{name}, dense"] = trainer(rule, shape, batches[0].x, dense=True)
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     pairs: dict[str, float] = {}
     products = []
@@ -90,16 +101,25 @@ def measure_rules(shape: Shape, names: list[str], steps: int) -> list[dict[str, 
     ]
 
 
-def measure_memory(name: str, shape: Shape) -> dict[str, object]:
+def measure_memory(name: str, shape: Shape, steps: int) -> dict[str, object]:
     n, d, f, k = shape
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "acts.npy"
         np.save(data, tokens(4 * n, d, 1).numpy())
         command = [sys.executable, "-c", CHILD, "train", "--data", str(data), "--d-sae", str(f)]
-        command += ["--k", str(k), "--selection", name, "--batch-size", str(n), "--steps", "20"]
+        command += [
+            "--k",
+            str(k),
+            "--selection",
+            name,
+            "--batch-size",
+            str(n),
+            "--steps",
+            str(steps),
+        ]
         command += ["--holdout", "0", "--out", f"{folder}/run"]
         done = subprocess.run(command, capture_output=True, text=True)
-    row: dict[str, object] = {"rule": name, **dict(zip("ndfk", shape, strict=True))}
+    row: dict[str, object] = {"rule": name, **dict(zip("ndfk", shape, strict=True)), "steps": steps}
     if done.returncode:
         return row | {"error": done.stderr.strip().splitlines()[-1]}
     peak = int(done.stdout.split()[-1])
@@ -113,7 +133,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", type=parse_shape, metavar="N,D,F,K")
     parser.add_argument("--rule", action="append", choices=sorted(Selection.rules))
-    parser.add_argument("--steps", type=int, default=7, help="timed steps a rule (default 7)")
+    parser.add_argument("--steps", type=int, help="steps a rule (default 7; for --memory 20)")
     parser.add_argument("--memory", action="store_true", help="measure memory, not time")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for stdout")
     args = parser.parse_args()
@@ -121,10 +141,10 @@ def main() -> None:
     if args.memory:
         rows = []
         for name in names:
-            rows.append(measure_memory(name, args.shape or MEMORY_SHAPE))
+            rows.append(measure_memory(name, args.shape or MEMORY_SHAPE, args.steps or 20))
             print(rows[-1], file=sys.stderr, flush=True)
     else:
-        rows = measure_rules(args.shape or (2048, 768, 24576, 32), names, args.steps)
+        rows = measure_rules(args.shape or (2048, 768, 24576, 32), names, args.steps or 7)
         print(
             f"{'rule':18} {'pairs':>8} {'step s':>8} {'/ topk':>7} {'/ product':>9}",
             file=sys.stderr,

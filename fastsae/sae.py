@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastsae import losses, ops
 from fastsae.blocked import total
 from fastsae.codes import Codes
 from fastsae.selection import Call, Selected, Selection, State, TopK
+from fastsae.tensors import write_tensors
 
 DTYPES = {
     "float32": torch.float32,
@@ -556,9 +557,8 @@ class SAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights, config = folder / "sae.safetensors", folder / "config.json"
         new_weights, new_config = Path(f"{weights}.tmp"), Path(f"{config}.tmp")
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         try:
-            save_file(tensors, new_weights)
+            write_tensors(new_weights, self.state_dict())
             new_config.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
             os.replace(new_weights, weights)
             os.replace(new_config, config)

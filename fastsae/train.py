@@ -231,7 +231,8 @@ class Trainer:
         self.sae.progress = min(1.0, self.step_count / self.config.steps)
         seconds = time.perf_counter() - start
         for name, p in self.sae.named_parameters():  # what the last update wrote is in no loss
-            if not bool(torch.isfinite(p).all()):
+            # In blocks: isfinite makes temporary copies of what it looks at.
+            if not all(bool(torch.isfinite(rows).all()) for rows in p.split(1 << 14)):
                 raise FloatingPointError(self._diverged(f"expected a finite {name}"))
         if self.out is not None:
             self.sae.save(self.out)

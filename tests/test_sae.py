@@ -896,8 +896,8 @@ def test_a_failed_save_changes_no_file(
         make(SETTINGS["auxk"], seed=2).save(tmp_path)
     before = contents(tmp_path)
 
-    def save_half(tensors: dict[str, Tensor], path: Any, *args: Any) -> None:
-        Path(path).write_bytes(b"half")
+    def save_half(path: Path, tensors: dict[str, Tensor]) -> None:
+        path.write_bytes(b"half")
         raise DiskFull
 
     def write_half(path: Path, text: str) -> int:
@@ -909,7 +909,7 @@ def test_a_failed_save_changes_no_file(
 
     with monkeypatch.context() as patch:
         if stage == "weights":
-            patch.setattr(sae_module, "save_file", save_half)
+            patch.setattr(sae_module, "write_tensors", save_half)
         elif stage == "config":
             patch.setattr(Path, "write_text", write_half)
         else:
