@@ -150,11 +150,7 @@ class Info:
 
 def rule_from(name: str, k: int, parameters: dict[str, str]) -> Selection:
     """The rule of that name; parameters by name, as JSON or, if they are not, as strings."""
-    if name not in Selection.rules:
-        raise ValueError(
-            f"selection: expected one of {', '.join(sorted(Selection.rules))}, got {name!r}"
-        )
-    rule = Selection.rules[name]
+    rule = Selection.named(name)
     known = [f.name for f in fields(rule)]
     values: dict[str, Any] = {rule.k_name: k} if rule.k_name else {}
     if "l0_target" in parameters:  # the other way to steer JumpReLU

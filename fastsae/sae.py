@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastsae import losses, ops
-from fastsae.blocked import total
+from fastsae.blocked import row_norms, total
 from fastsae.codes import Codes
 from fastsae.selection import Call, Selected, Selection, State, TopK
 from fastsae.tensors import write_tensors
@@ -540,7 +540,7 @@ class SAE(nn.Module):
 
         ValueError where the selection would not be the same. Returns self.
         """
-        norms = torch.linalg.vector_norm(self.W_dec, dim=1, dtype=self._wide(self.W_dec).dtype)
+        norms = row_norms(self.W_dec)
         norms = norms.where(norms > 0, 1)
         self.config.selection.fold_norms_(self.selection_state, norms)
         self.W_enc.copy_(self.W_enc * norms[:, None])

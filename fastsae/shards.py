@@ -21,25 +21,26 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save
 from torch import Tensor
+
+from fastsae.tensors import NAMES, write_tensors
 
 FORMAT, VERSION = "fastsae-activations", 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LABELS = ("token", "window", "position")
 
-_STORED = {  # the name in a safetensors header, and NumPy's type of the same bytes
-    torch.float16: ("F16", "<f2"),
-    torch.bfloat16: ("BF16", "<u2"),
-    torch.float32: ("F32", "<f4"),
-    torch.int32: ("I32", "<i4"),
+_STORED = {  # NumPy's types of the same bytes
+    torch.float16: "<f2",
+    torch.bfloat16: "<u2",
+    torch.float32: "<f4",
+    torch.int32: "<i4",
 }
 _INDEX_BYTES, _HEADER_BYTES = 1 << 26, 1 << 16  # far more than either needs
 _OPEN_SHARDS = 128
@@ -52,20 +53,23 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    _write(path, save(dict(tensors)))
+    _appear(path, lambda partial: write_tensors(partial, tensors))
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    _write(folder / "index.json", json.dumps(index, indent=1).encode() + b"\n")
+    def write(partial: Path) -> None:
+        with partial.open("w") as file:
+            file.write(json.dumps(index, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    _appear(folder / "index.json", write)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all, also where the machine stops."""
+def _appear(path: Path, write: Callable[[Path], None]) -> None:
+    """The file appears whole or not at all, also where the machine stops; write syncs it."""
     partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write(partial)
     partial.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -126,7 +130,7 @@ class ActivationSet:
     def gather(self, name: str, numbers: npt.NDArray[np.int64]) -> Tensor:
         """Rows ``numbers`` [m] (in [0, n_rows)) of a tensor → [m, D] or [m], in its own dtype."""
         dtype, tail = self.tensors[name]
-        rows = np.empty((len(numbers), *tail), np.dtype(_STORED[dtype][1]).newbyteorder("="))
+        rows = np.empty((len(numbers), *tail), np.dtype(_STORED[dtype]).newbyteorder("="))
         order = np.argsort(numbers, kind="stable")
         bounds = np.searchsorted(numbers[order], self.starts)
         for number in np.flatnonzero(np.diff(bounds)).tolist():
@@ -157,7 +161,7 @@ class ActivationSet:
         tensors, data_end = {}, start
         for name, (dtype, tail) in self.tensors.items():
             shape = (self.index["shards"][number], *tail)
-            stored, kind = _STORED[dtype]
+            stored, kind = NAMES[dtype], _STORED[dtype]
             size = math.prod(shape) * np.dtype(kind).itemsize
             begin, end = _extent(f"{path}: tensor {name}", header.get(name), stored, shape, size)
             if len(mapped) < start + end:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_NAMES = {
+NAMES = {  # of dtypes, in the header
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -19,7 +20,7 @@ _NAMES = {
 }
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors of any device, one after the other, and syncs the file to the disk.
 
     The library's own save_file first makes bytes of all tensors, which doubles the memory. The
@@ -27,8 +28,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     multiple of 8), then the tensors' bytes, widest dtypes first so that all are aligned.
     """
     for name, t in tensors.items():
-        if t.dtype not in _NAMES:
-            known = ", ".join(str(dtype) for dtype in _NAMES)
+        if t.dtype not in NAMES:
+            known = ", ".join(str(dtype) for dtype in NAMES)
             raise TypeError(f"{name}: expected one of {known}, got {t.dtype}")
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, end = {}, 0
@@ -36,7 +37,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         t = tensors[name]
         start, end = end, end + t.numel() * t.element_size()
         header[name] = {
-            "dtype": _NAMES[t.dtype],
+            "dtype": NAMES[t.dtype],
             "shape": list(t.shape),
             "data_offsets": [start, end],
         }

@@ -313,7 +313,7 @@ def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, floa
         "fvu": fvu.value,
         "explained_variance": fvu.explained_variance,
         "l0": active / source.n_rows,
-        "dead_share": 1 - float(fired.float().mean()),
+        "dead_share": metrics.dead_share(fired.int()),
     }
     if two_forms:
         figures["training_fvu"] = training_fvu.value

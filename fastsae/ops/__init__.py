@@ -11,7 +11,7 @@ they can and else "reference".
 
     encoding.py   encode, encode_batch, encode_columns, encode_threshold, encode_groups
     decoding.py   decode, reconstruction_error, pair_dots
-    gradients.py  row gradients as pairs, blocks, or dense; of_latents, column_sum
+    gradients.py  row gradients as pairs, blocks, or dense; of_latents, latent_sums, column_sum
     updating.py   adam_, gradient_square_norm, project_rows_, normalize_rows_, inverse_index
     backend.py    the choice of backend
 """
@@ -32,6 +32,7 @@ from fastsae.ops.gradients import (
     collect_row_gradients,
     column_sum,
     hand_over,
+    latent_sums,
     of_latents,
     set_sparse_gradient,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "gradient_square_norm",
     "hand_over",
     "inverse_index",
+    "latent_sums",
     "normalize_rows_",
     "of_latents",
     "pair_dots",

@@ -154,12 +154,8 @@ class LatentFunction(Function):
     def backward(ctx, g):
         idx, row_ptr = ctx.saved_tensors
         n_latents, dtype = ctx.like
-        n_tokens = len(idx) if row_ptr is None else len(row_ptr) - 1
-        wide = wide_dtype(dtype)
-        src = g.new_empty(n_tokens, 1, dtype=wide)
-        g = g.to(wide).contiguous()
-        sums = row_gradients_op(g, idx, src, n_latents, row_ptr, wide, False, ctx.backend)[1]
-        return sums.to(dtype), None, None, None
+        sums = latent_sums(g.to(dtype), idx, n_latents, row_ptr, backend=ctx.backend)
+        return sums, None, None, None
 
 
 def of_latents(
@@ -171,6 +167,24 @@ def of_latents(
     """
     check(values, "values", (None,))
     return LatentFunction.apply(values, idx, row_ptr, resolve(backend, values))
+
+
+def latent_sums(
+    coef: Tensor,
+    idx: Tensor,
+    n_latents: int,
+    row_ptr: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Σ of coef, of idx's shape, over each latent's pairs (n_latents), in a fixed order."""
+    check(coef, "coef", tuple(idx.shape))
+    n_tokens = len(idx) if row_ptr is None else len(row_ptr) - 1
+    wide = wide_dtype(coef.dtype)
+    src = coef.new_empty(n_tokens, 1, dtype=wide)
+    terms, of = coef.detach().to(wide).contiguous(), resolve(backend, src)
+    _, sums = row_gradients_op(terms, idx, src, n_latents, row_ptr, wide, False, of)
+    return sums.to(coef.dtype)
 
 
 def column_sum(m: Tensor, *, backend: str | None = None) -> Tensor:

@@ -164,18 +164,24 @@ class Selection:
         return {"name": self.name, **asdict(self)}
 
     @staticmethod
+    def named(name: Any) -> type[Selection]:
+        """The rule of that name; ValueError where there is none."""
+        if name not in Selection.rules:
+            raise ValueError(
+                f"selection: expected one of {', '.join(sorted(Selection.rules))}, got {name!r}"
+            )
+        return Selection.rules[name]
+
+    @staticmethod
     def from_dict(data: dict[str, Any]) -> Selection:
         """The inverse of `to_dict`; ValueError for an unknown name or parameter."""
         if not isinstance(data, dict):
             raise ValueError(f"selection: expected a name and parameters, got {data!r}")
         parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         name = parameters.pop("name", None)
-        if name not in Selection.rules:
-            raise ValueError(
-                f"selection: expected one of {', '.join(sorted(Selection.rules))}, got {name!r}"
-            )
+        rule = Selection.named(name)
         try:
-            return Selection.rules[name](**parameters)
+            return rule(**parameters)
         except TypeError as error:
             raise ValueError(f"selection {name}: {error}") from None
 
@@ -226,17 +232,18 @@ def score_scale(call: Call, score: str) -> Tensor | None:
     return None if score == "activation" else row_norms(call.W_dec.detach())
 
 
+def follow_(total: Tensor, value: Tensor, rate: Tensor) -> None:
+    """total moves to the value by the share `rate` of the way; a rate of 0 leaves it."""
+    total.mul_(1 - rate).add_(rate * value)
+
+
 def average_(total: Tensor, weight: Tensor, value: Tensor, decay: float, seen: Tensor) -> None:
     """total/weight becomes the exponential average of the values where `seen`, from the first."""
     rate = (1 - decay) * seen
-    total.mul_(1 - rate).add_(rate * value.where(seen, 0))
-    weight.mul_(1 - rate).add_(rate)
+    follow_(total, value.where(seen, 0), rate)
+    follow_(weight, torch.ones_like(weight), rate)
 
 
 def latent_sums(coef: Tensor, codes: Codes, backend: str | None) -> Tensor:
-    """Σ of coef, of the shape of codes.idx, over each latent's pairs (F), in a fixed order."""
-    with torch.enable_grad():
-        zeros = torch.zeros(codes.n_latents, dtype=coef.dtype, device=coef.device)
-        zeros.requires_grad_()
-        values = ops.of_latents(zeros, codes.idx, codes.row_ptr, backend=backend)
-    return torch.autograd.grad(values, zeros, coef)[0]
+    """`ops.latent_sums` of codes."""
+    return ops.latent_sums(coef, codes.idx, codes.n_latents, codes.row_ptr, backend=backend)

@@ -19,6 +19,7 @@ from fastsae.selection.base import (
     check_decay,
     check_k,
     check_number,
+    follow_,
     latent_sums,
 )
 from fastsae.selection.per_token import TopK
@@ -181,7 +182,7 @@ class FeatureChoice(Selection):
             (s.selected, fired),
             (s.weight, torch.ones_like(fired)),
         ):
-            total.mul_(1 - rate).add_(rate * value)
+            follow_(total, value, rate)
         s.rate.mul_(self.decay).add_(fired / codes.n_tokens, alpha=1 - self.decay)
         s.rate_weight.mul_(self.decay).add_(1 - self.decay)
 

@@ -29,7 +29,14 @@ from fastsae import ops
 from fastsae.blocked import Blocked, PairFunction, Pairs, blocked, row_norms, total
 from fastsae.codes import Codes
 from fastsae.reference import TooManyPairs
-from fastsae.selection.base import Call, Reconstruction, Selected, Selection, check_number
+from fastsae.selection.base import (
+    Call,
+    Reconstruction,
+    Selected,
+    Selection,
+    check_flag,
+    check_number,
+)
 
 Terms = dict[str, tuple[float | Tensor, Tensor]]
 
@@ -348,10 +355,7 @@ class ReLU(_PerPair, Selection):
             check_number("p_end", self.p_end, 1e-3, 1)
         if not isinstance(self.n_updates, int) or self.n_updates < 2:
             raise ValueError(f"n_updates: expected an integer of at least 2, got {self.n_updates}")
-        if not isinstance(self.decoder_norm_weighted, bool):
-            raise ValueError(
-                f"decoder_norm_weighted: expected True or False, got {self.decoder_norm_weighted!r}"
-            )
+        check_flag("decoder_norm_weighted", self.decoder_norm_weighted)
 
     def state(self, d_in: int, d_sae: int) -> dict[str, Tensor]:
         state = super().state(d_in, d_sae)

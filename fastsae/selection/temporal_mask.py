@@ -19,6 +19,7 @@ from fastsae.selection.base import (
     check_decay,
     check_k,
     check_number,
+    follow_,
     latent_sums,
 )
 from fastsae.selection.per_batch import BatchTopK
@@ -124,15 +125,14 @@ class TemporalMask(Selection):
         norms = row_norms(call.W_dec.detach())
         n = max(codes.n_tokens, 1)
         value = latent_sums(vals, codes, call.backend) / fired.clamp(min=1)
+        rate = (1 - self.decay) * seen
         for total, average in (
             (s.value, value),
             (s.fired, fired / n),
             (s.energy, squares / n * norms * norms),
+            (s.weight, torch.ones_like(s.weight)),
         ):
-            rate = (1 - self.decay) * seen
-            total.mul_(1 - rate).add_(rate * average)
-        rate = (1 - self.decay) * seen
-        s.weight.mul_(1 - rate).add_(rate)
+            follow_(total, average, rate)
         s.step += 1
 
     def inference_thresholds(self, state: Any, W_dec: Tensor) -> Tensor | None:
