@@ -22,8 +22,8 @@ import torch
 from step import machine
 
 from fastsae import SAE, SAEConfig, Selection
-from fastsae.cli import rule_from
 from fastsae.data import Source, in_order, open_source, split
+from fastsae.options import rule_from
 from fastsae.train import TrainConfig, Trainer, evaluate
 
 QUANTILES = (0.05, 0.5, 0.95)

@@ -29,8 +29,8 @@ from measure import Shape, parse_shape, product_seconds
 from step import machine
 
 from fastsae import SAE, SAEConfig, Selection, ops
-from fastsae.cli import rule_from
 from fastsae.data import Batch, open_source
+from fastsae.options import rule_from
 from fastsae.train import TrainConfig, Trainer
 
 MEMORY_SHAPE = (2048, 384, 262144, 32)

@@ -1,4 +1,4 @@
-"""The command line: ``fastsae demo``, ``fastsae train``, ``fastsae harvest``, ``fastsae info``."""
+"""The command line: ``fastsae demo | train | eval | harvest | info``."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import tyro
 
 import fastsae
-from fastsae import SAE, SAEConfig, Selection, TopK, cpu, metrics, ops
-from fastsae.data import Batches, Source, in_order, open_source, split
+from fastsae import SAEConfig, TopK, cpu, ops, runs
+from fastsae.data import open_source, split
 from fastsae.harvest import HarvestConfig, harvest, load_model
-from fastsae.timing import product_seconds
-from fastsae.train import TrainConfig, Trainer, evaluate
-
-RUN_FILES = ("config.json", "sae.safetensors", "log.jsonl", "metrics.json")
+from fastsae.options import as_arguments, read_options, rule_from, selection_parameters, typed
+from fastsae.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Demo:
     """Train an SAE with 3072 latents on the embedded MiniLM activations and print its figures."""
 
     out: Path = Path("runs/demo")
-    """Run directory: config.json, sae.safetensors, log.jsonl, metrics.json."""
+    """Run directory; a run that is in the default one is replaced."""
     train: TrainOptions = TrainOptions(steps=1200, batch_size=1024, lr=5e-3)
     """How it is trained."""
 
@@ -51,9 +49,11 @@ class Demo:
         config = SAEConfig(d_in=train.d_in, d_sae=3072, selection=TopK(32))
         print("activations: all-MiniLM-L6-v2, residual stream after block 3 (fastsae/samples)")
         settings = self.train.checked()
-        overwrite = self.out == Demo.out
-        figures = run_training(config, train, holdout, settings, self.out, overwrite=overwrite)
-        print_figures(figures, self.out)
+        if self.out == Demo.out:
+            runs.remove(self.out)
+        options = {"data": "sample:minilm_l3", "target": None, "d_sae": 3072, "k": 32}
+        options |= {"holdout": 2048, **asdict(settings)}
+        finish(runs.train(config, train, holdout, settings, self.out, options), self.out)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,11 @@ class Train:
     d_sae: int
     """Number of latents."""
     out: Path
-    """Run directory: config.json, sae.safetensors, log.jsonl, metrics.json."""
+    """Run directory: options, log, checkpoints, weights, figures."""
+    config: Path | None = None
+    """A .toml or .json file with options, named as here but with underscores."""
+    resume: bool = False
+    """Go on with the run in the run directory, with its options; begin it where there is none."""
     selection: str = "topk"
     """The rule that selects latents; its parameters as --selection.PARAM VALUE. The names, and each
     rule's parameters, are in the error about a wrong one."""
@@ -95,7 +99,7 @@ class Train:
     train: TrainOptions = TrainOptions()
     """How it is trained."""
 
-    def run(self, parameters: dict[str, str] | None = None) -> None:
+    def run(self, parameters: dict[str, Any] | None = None) -> None:
         settings = self.train.checked()
         rule = rule_from(self.selection, self.k, parameters or {})
         source = open_source(self.data, self.target, gradients=rule.needs_gradient)
@@ -114,7 +118,38 @@ class Train:
             dead_after=self.dead_after,
             multi_topk_coef=self.multi_topk_coef,
         )
-        print_figures(run_training(config, train, holdout, settings, self.out), self.out)
+        options = {**asdict(self), **asdict(settings), "selection": rule.to_dict()}
+        for name in ("train", "out", "config", "resume"):
+            del options[name]
+        for name in ("data", "target"):  # a run may be resumed from another folder
+            options[name] = _absolute(options[name])
+        options = json.loads(json.dumps(options))
+        figures = runs.train(
+            config, train, holdout, settings, self.out, options, resume=self.resume
+        )
+        finish(figures, self.out)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Print the figures of a run's SAE on held-out rows, or on other activations."""
+
+    run_directory: tyro.conf.Positional[Path]
+    """What train wrote; of an unfinished run the newest checkpoint is taken."""
+    data: str | None = None
+    """Activations, as for train; None: the rows that the run held out."""
+    target: str | None = None
+    """Activations to predict, with data, for a transcoder."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> None:
+        figures = runs.evaluate_run(self.run_directory, self.data, self.target)
+        if self.json:
+            print(json.dumps(figures))
+        else:
+            for name, value in figures.items():
+                print(f"{name:20} {value:9.4f}")
 
 
 @dataclass(frozen=True)
@@ -148,96 +183,19 @@ class Info:
         print(info())
 
 
-def rule_from(name: str, k: int, parameters: dict[str, str]) -> Selection:
-    """The rule of that name; parameters by name, as JSON or, if they are not, as strings."""
-    rule = Selection.named(name)
-    known = [f.name for f in fields(rule)]
-    values: dict[str, Any] = {rule.k_name: k} if rule.k_name else {}
-    if "l0_target" in parameters:  # the other way to steer JumpReLU
-        values.pop("l0", None)
-    for parameter, text in parameters.items():
-        if parameter not in known:
-            raise ValueError(
-                f"selection.{parameter}: {name} has the parameters {', '.join(known)}, no such one"
-            )
-        try:
-            values[parameter] = json.loads(text)
-        except ValueError:
-            values[parameter] = text
-    return Selection.from_dict({"name": name, **values})
-
-
-def _selection_parameters(args: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Takes --selection.PARAM VALUE and --selection.PARAM=VALUE out of the arguments."""
-    rest: list[str] = []
-    found: dict[str, str] = {}
-    arguments = iter(args)
-    for argument in arguments:
-        if not argument.startswith("--selection."):
-            rest.append(argument)
-            continue
-        name, equals, value = argument.removeprefix("--selection.").partition("=")
-        text = value if equals else next(arguments, None)
-        if text is None:
-            raise ValueError(f"--selection.{name}: expected a value after it, got none")
-        found[name.replace("-", "_")] = text
-    return rest, found
-
-
-def l0_of(rule: Selection) -> float:
-    """The mean number of active latents a token that the rule aims at, 32 where it has no aim."""
-    return (rule.k_name and getattr(rule, rule.k_name)) or 32
-
-
-def run_training(
-    config: SAEConfig,
-    train: Source,
-    holdout: Source,
-    settings: TrainConfig,
-    out: Path,
-    *,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Trains, evaluates on the held-out rows beside PCA, and writes the run directory."""
-    there = [name for name in RUN_FILES if (out / name).exists()]
-    if there and not overwrite:
-        raise ValueError(f"{out}: expected a new run directory, got one with {', '.join(there)}")
-    for name in there:
-        (out / name).unlink()
-    sae = SAE(config, seed=settings.seed)
-    trainer = Trainer(sae, train, settings, out=out)
-    figures: dict[str, Any] = trainer.run()
-    if holdout.n_rows:
-        figures.update(evaluate(sae, holdout))
-    if holdout.n_rows and train.target is None:
-        figures["pca_components"] = min(round(l0_of(config.selection)), train.d_in)
-        figures["pca_fvu"] = metrics.pca_fvu(
-            (batch.x for batch in in_order(train, 4096)),
-            (batch.x for batch in in_order(holdout, 4096)),
-            figures["pca_components"],
+def finish(figures: dict[str, Any], out: Path) -> None:
+    """Says how a training ended."""
+    if figures["interrupted"]:
+        print(
+            f"stopped after step {figures['step']} of {figures['steps']}; "
+            f"go on with: fastsae train --resume --out {out}"
         )
-    figures["dead_share"] = evaluate(sae, train)["dead_share"]
-    x = next(Batches(train, settings.batch_size, settings.seed)).x
-    figures["product_seconds"] = product_seconds(x, sae.W_enc)
-    step_seconds = figures["train_seconds"] / settings.steps
-    figures["step_ratio"] = step_seconds / figures["product_seconds"]
-    (out / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
-    return figures
+    else:
+        runs.print_figures(figures, out)
 
 
-def print_figures(figures: dict[str, Any], out: Path) -> None:
-    lines = [
-        ("held-out FVU", "fvu", "{:.4f}", ""),
-        ("held-out FVU of PCA", "pca_fvu", "{:.4f}", "with {pca_components} components"),
-        ("L0", "l0", "{:.2f}", "active latents a token"),
-        ("dead share", "dead_share", "{:.2%}", "latents silent on every training row"),
-        ("training", "train_seconds", "{:.1f} s", "{tokens_per_s:,.0f} tokens/s"),
-        ("step ÷ product", "step_ratio", "{:.2f}", "product: {product_seconds:.4f} s, dense, fp32"),
-    ]
-    for label, key, form, remark in lines:
-        if key in figures:
-            print(f"{label:20} {form.format(figures[key]):>9}  {remark.format(**figures)}")
-    print(f"{'run directory':20} {out}")
+def _absolute(data: str | None) -> str | None:
+    return data if data is None or data.startswith("sample:") else str(Path(data).absolute())
 
 
 def info() -> str:
@@ -278,7 +236,7 @@ def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        sys.exit(f"fastsae: error: {error}")
+        sys.exit(f"fastsae: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -286,17 +244,55 @@ def _errors_in_one_line() -> Iterator[None]:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Harvest, tyro.conf.subcommand("harvest")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
+
+
+def train_options() -> dict[str, Any]:
+    """The types of the options of `fastsae train` by name, those that a file may hold."""
+    hints = {**get_type_hints(Train), **get_type_hints(TrainConfig)}
+    own = ("train", "out", "config", "resume")
+    return {name: hint for name, hint in hints.items() if name not in own}
+
+
+def with_files(args: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Arguments of train with what --resume and --config say put first, and rule parameters."""
+    args, parameters = selection_parameters(args)
+    hints = train_options()
+    files = []
+    out, config = typed(args, "out"), typed(args, "config")
+    if "--resume" in args and out is not None and (Path(out) / "run.json").exists():
+        files.append(Path(out) / "run.json")
+    if config is not None:
+        files.append(Path(config))
+    before: list[str] = []
+    first: dict[str, Any] = {}
+    for path in files:
+        options = read_options(path, hints)
+        given, of_rule = as_arguments(options)
+        before += given
+        if "selection" in options:  # another rule has other parameters
+            first = of_rule
+    name = typed(args, "selection")
+    if name is not None and typed(before, "selection") != name:
+        first = {}
+    return before + args, {**first, **parameters}
 
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command line; errors end it with one line on stderr and a status that is not 0."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     with _errors_in_one_line():
-        args, parameters = _selection_parameters(sys.argv[1:] if args is None else args)
-        command: Demo | Train | Harvest | Info = tyro.cli(
+        args = sys.argv[1:] if args is None else args
+        parameters: dict[str, Any] = {}
+        if args[:1] == ["train"]:
+            rest, parameters = with_files(args[1:])
+            args = ["train", *rest]
+        elif any(argument.startswith("--selection.") for argument in args):
+            raise ValueError("--selection.PARAM: expected with train only")
+        command: Demo | Train | Eval | Harvest | Info = tyro.cli(
             Command,
             prog="fastsae",
             description="Sparse autoencoders that do only the work that is there.",
@@ -305,7 +301,5 @@ def main(args: list[str] | None = None) -> None:
         )
         if isinstance(command, Train):
             command.run(parameters)
-        elif parameters:
-            raise ValueError(f"--selection.{next(iter(parameters))}: expected with train only")
         else:
             command.run()

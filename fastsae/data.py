@@ -36,6 +36,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsae.files import will_need
 from fastsae.shards import ActivationSet
 
 RowIndex = npt.NDArray[np.int64]
@@ -79,7 +80,8 @@ class Source:
     """``n_rows`` rows of width ``d_in``, perhaps paired with rows of ``target`` and ``gradient``.
 
     Made by ``open_source``. ``gather`` reads rows of the underlying data by number, in the data's
-    own dtype; ``index`` holds the numbers of the rows that belong to this source (None: all).
+    own dtype, and ``will_need`` says which will be read next; ``index`` holds the numbers of the
+    rows that belong to this source (None: all).
     """
 
     name: str
@@ -89,6 +91,7 @@ class Source:
     index: RowIndex | None = None
     target: Source | None = None
     gradient: Source | None = None  # of width d_in
+    will_need: Callable[[RowIndex], None] | None = None
 
     @property
     def d_out(self) -> int:
@@ -117,6 +120,18 @@ class Source:
         target = None if self.target is None else self.target.rows(index)
         gradient = None if self.gradient is None else self.gradient.rows(index)
         return Batch(self.rows(index), target, gradient)
+
+    def prefetch(self, index: npt.NDArray[np.integer[Any]]) -> None:
+        """Lets the system read rows ``index`` ahead, where they lie in a file."""
+        if self.will_need is not None:
+            self.will_need(self._numbers(index))
+        for paired in (self.target, self.gradient):
+            if paired is not None:
+                paired.prefetch(index)
+
+    def batches(self, batch_size: int, seed: int = 0, start: int = 0) -> Iterator[Batch]:
+        """``Batches`` of this source."""
+        return Batches(self, batch_size, seed, start)
 
     def select(self, index: npt.NDArray[np.integer[Any]]) -> Source:
         """The source of rows ``index`` only, in that order: no data is read or copied."""
@@ -240,10 +255,13 @@ class Batches(Iterator[Batch]):
         self.rows_seen = _in_range("start", start, 0)
         self._epoch = -1  # the epoch that _order belongs to
         self._order = np.empty(0, dtype=np.int64)
+        self._rows = self._next_rows()
 
     def __next__(self) -> Batch:
-        batch = self.source.batch(self._next_rows())
+        batch = self.source.batch(self._rows)
         self.rows_seen += self.batch_size
+        self._rows = self._next_rows()
+        self.source.prefetch(self._rows)
         return batch
 
     def _next_rows(self) -> RowIndex:
@@ -282,7 +300,13 @@ def _set_source(path: Path, gradients: bool) -> Source:
     stored = ActivationSet(path)
 
     def source(name: str, tensor: str) -> Source:
-        return Source(name, stored.n_rows, stored.d, lambda numbers: stored.gather(tensor, numbers))
+        return Source(
+            name,
+            stored.n_rows,
+            stored.d,
+            lambda numbers: stored.gather(tensor, numbers),
+            will_need=lambda numbers: stored.will_need(tensor, numbers),
+        )
 
     if not (gradients and stored.index["gradients"]):
         return source(str(path), "x")
@@ -324,7 +348,10 @@ def _npy_source(path: Path) -> Source:
             raise ValueError(f"{name}: cut short while in use: {mapped.size()} of {end} bytes left")
         return torch.from_numpy(data[numbers].astype(native, copy=False))
 
-    return Source(name, n_rows, d_in, gather)
+    def next_rows(numbers: RowIndex) -> None:
+        will_need(mapped, offset, row_bytes, numbers.tolist())
+
+    return Source(name, n_rows, d_in, gather, will_need=next_rows)
 
 
 def _npy_header(name: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:

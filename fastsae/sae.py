@@ -11,21 +11,20 @@ a skip connection, x̂' = W_dec z + b_dec + W_skip x'.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastsae import losses, ops
 from fastsae.blocked import row_norms, total
 from fastsae.codes import Codes
+from fastsae.files import read_json, sync_folder, write_json
 from fastsae.selection import Call, Selected, Selection, State, TopK
-from fastsae.tensors import write_tensors
+from fastsae.tensors import read_tensors, write_tensors
 
 DTYPES = {
     "float32": torch.float32,
@@ -559,12 +558,13 @@ class SAE(nn.Module):
         new_weights, new_config = Path(f"{weights}.tmp"), Path(f"{config}.tmp")
         try:
             write_tensors(new_weights, self.state_dict())
-            new_config.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            write_json(new_config, self.config.to_dict())
             os.replace(new_weights, weights)
             os.replace(new_config, config)
         finally:
             new_weights.unlink(missing_ok=True)
             new_config.unlink(missing_ok=True)
+        sync_folder(folder)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str | None = None) -> SAE:
@@ -573,14 +573,18 @@ class SAE(nn.Module):
         for name in ("config.json", "sae.safetensors"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: expected a file {name}, got none")
+        data = read_json(folder / "config.json")
         try:
-            config = SAEConfig.from_dict(json.loads((folder / "config.json").read_text()))
+            config = SAEConfig.from_dict(data)
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        try:
-            tensors = load_file(folder / "sae.safetensors")
-        except Exception as error:
-            raise ValueError(f"{folder / 'sae.safetensors'}: {error}") from None
+        tensors = read_tensors(folder / "sae.safetensors")
+        shape = (config.d_sae, config.d_out or config.d_in)
+        if "W_dec" in tensors and tuple(tensors["W_dec"].shape) != shape:  # before F×D is allocated
+            found = tuple(tensors["W_dec"].shape)
+            raise ValueError(
+                f"{folder / 'sae.safetensors'}: W_dec: expected shape {shape}, got {found}"
+            )
         sae = cls(config, device=device).eval()
         try:
             sae.load_state_dict(tensors)

@@ -17,19 +17,19 @@ are parsed here, from a bounded part of the file, and every extent is checked be
 from __future__ import annotations
 
 import functools
-import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsae.files import appear, json_object, read_json, will_need, write_json
 from fastsae.tensors import NAMES, write_tensors
 
 FORMAT, VERSION = "fastsae-activations", 1
@@ -42,10 +42,15 @@ _STORED = {  # NumPy's types of the same bytes
     torch.float32: "<f4",
     torch.int32: "<i4",
 }
-_INDEX_BYTES, _HEADER_BYTES = 1 << 26, 1 << 16  # far more than either needs
+_HEADER_BYTES = 1 << 16  # far more than it needs
 _OPEN_SHARDS = 128
 
-_Shard = tuple[mmap.mmap, int, dict[str, npt.NDArray[Any]]]  # map, end of the data, tensors
+
+class _Shard(NamedTuple):
+    mapped: mmap.mmap
+    end: int  # of the data
+    tensors: dict[str, npt.NDArray[Any]]
+    first: dict[str, int]  # the byte where each begins
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -53,41 +58,17 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    _appear(path, lambda partial: write_tensors(partial, tensors))
+    appear(path, lambda partial: write_tensors(partial, tensors))
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    def write(partial: Path) -> None:
-        with partial.open("w") as file:
-            file.write(json.dumps(index, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    _appear(folder / "index.json", write)
-
-
-def _appear(path: Path, write: Callable[[Path], None]) -> None:
-    """The file appears whole or not at all, also where the machine stops; write syncs it."""
-    partial = path.with_name(path.name + ".tmp")
-    write(partial)
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    appear(folder / "index.json", lambda partial: write_json(partial, index))
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of a set, with what its reader relies on checked. ValueError: anything wrong."""
     path = folder / "index.json"
-    try:
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file, or not a regular file")
-        with path.open("rb") as file:
-            index = _json(str(path), file.read(_INDEX_BYTES))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    index = read_json(path)
     if index.get("format") != FORMAT or index.get("version") != VERSION:
         found = f"{index.get('format')!r} {index.get('version')!r}"[:80]
         raise ValueError(f"{path}: expected {FORMAT!r} version {VERSION}, got {found}")
@@ -134,7 +115,7 @@ class ActivationSet:
         order = np.argsort(numbers, kind="stable")
         bounds = np.searchsorted(numbers[order], self.starts)
         for number in np.flatnonzero(np.diff(bounds)).tolist():
-            mapped, end, tensors = self._shard(number)
+            mapped, end, tensors, _ = self._shard(number)
             # To touch a page beyond the end of a file that was cut short would kill the process.
             if mapped.size() < end:
                 raise ValueError(
@@ -144,6 +125,16 @@ class ActivationSet:
             here = order[bounds[number] : bounds[number + 1]]
             rows[here] = tensors[name][numbers[here] - self.starts[number]]
         return torch.from_numpy(rows).view(dtype)
+
+    def will_need(self, name: str, numbers: npt.NDArray[np.int64]) -> None:
+        """Lets the system fetch rows ``numbers`` of a tensor before ``gather`` reads them."""
+        dtype, tail = self.tensors[name]
+        row_bytes = math.prod(tail) * dtype.itemsize
+        shards = np.searchsorted(self.starts, numbers, side="right") - 1
+        for number in np.unique(shards).tolist():
+            shard = self._shard(number)
+            here = numbers[shards == number] - self.starts[number]
+            will_need(shard.mapped, shard.first[name], row_bytes, here.tolist())
 
     def _map(self, number: int) -> _Shard:
         path = shard_path(self.folder, number)
@@ -158,7 +149,7 @@ class ActivationSet:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-        tensors, data_end = {}, start
+        tensors, first, data_end = {}, {}, start
         for name, (dtype, tail) in self.tensors.items():
             shape = (self.index["shards"][number], *tail)
             stored, kind = NAMES[dtype], _STORED[dtype]
@@ -169,9 +160,10 @@ class ActivationSet:
                     f"{path}: truncated: tensor {name} ends at byte {start + end}, "
                     f"the file has {len(mapped)}"
                 )
-            tensors[name] = np.ndarray(shape, kind, buffer=mapped, offset=start + begin)
+            first[name] = start + begin
+            tensors[name] = np.ndarray(shape, kind, buffer=mapped, offset=first[name])
             data_end = max(data_end, start + end)
-        return mapped, data_end, tensors
+        return _Shard(mapped, data_end, tensors, first)
 
 
 def _header(name: str, head: bytes) -> tuple[dict[str, Any], int]:
@@ -181,7 +173,7 @@ def _header(name: str, head: bytes) -> tuple[dict[str, Any], int]:
         raise ValueError(f"{name}: not a readable safetensors file: the header's length is wrong")
     if len(head) < 8 + length:
         raise ValueError(f"{name}: truncated: the header needs {length} bytes")
-    return _json(name, head[8 : 8 + length]), 8 + length
+    return json_object(name, head[8 : 8 + length]), 8 + length
 
 
 def _extent(
@@ -204,16 +196,6 @@ def _extent(
     if begin < 0 or end - begin != size:
         raise ValueError(f"{name}: expected offsets {size} bytes apart, got {offsets!r:.80}")
     return begin, end
-
-
-def _json(name: str, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: not readable as JSON: {str(error)[:120]}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _is_count(value: Any) -> bool:

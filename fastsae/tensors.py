@@ -1,4 +1,4 @@
-"""Safetensors files, written without a second copy of what they hold."""
+"""Safetensors files, written and read without a second copy of what they hold."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 NAMES = {  # of dtypes, in the header
@@ -17,6 +18,7 @@ NAMES = {  # of dtypes, in the header
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.uint8: "U8",
 }
 
 
@@ -50,3 +52,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, each mapped from it: nothing is read before it is used.
+
+    ValueError: no such file, or not a readable one. They stay valid when the file is removed or
+    replaced, but not when it is cut short.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, or not a regular file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -2,23 +2,31 @@
 
 A step is: forward (centring, encode, decode, losses, dead tracking) → backward → project the
 decoder's gradient → clip → Adam → unit rows. Everything else here is bookkeeping around it.
+
+A run that stops for whatever reason goes on from its newest checkpoint to the same bits as if it
+had not stopped (`fastsae.checkpoint`): all randomness is a function of the seed and the step.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
-from fastsae import metrics, ops
-from fastsae.data import Batch, Batches, Source, in_order
+from fastsae import checkpoint, metrics, ops
+from fastsae.data import Batch, Source, in_order
+from fastsae.ema import EMA
+from fastsae.iterable import IterableSource
+from fastsae.log import RunLog
 from fastsae.optim import Adam
 from fastsae.resample import resample_dead_
 from fastsae.sae import B_DEC_STARTS, SAE, SAEOutput
@@ -39,7 +47,12 @@ class TrainConfig:
     warmup_steps: int | None = None
     """Steps over which the learning rate rises linearly from 0; None: steps / 10, at most 1000."""
     decay_fraction: float = 0.2
-    """Share of the steps, the last ones, over which it falls linearly to 0."""
+    """Share of the steps, the last ones, over which it falls to 0."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How it falls: on a line, or on half a wave of a cosine."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, one after the other, for less memory; a budget of the batch
+    is one of each part."""
     optimizer: Literal["adam", "adam-lazy", "torch-adam"] = "adam"
     """adam: exact, on gradient rows; adam-lazy: touched rows only; torch-adam: torch's own."""
     beta1: float = 0.9
@@ -60,12 +73,24 @@ class TrainConfig:
     """Training rows that the scale and b_dec are measured on."""
     resample_every: int | None = None
     """Steps between new starts of dead latents where the error is large; None: never."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, which then is what is evaluated and saved at the
+    end; None: no average."""
     log_every: int = 50
     """Steps between lines of log.jsonl."""
+    eval_every: int | None = None
+    """Steps between evaluations on held-out rows; None: a tenth of the steps."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; there is one at the end, too."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest ones."""
+    wandb: str | None = None
+    """Project of Weights & Biases that the log goes to as well; None: none."""
 
     def __post_init__(self) -> None:
-        optional = ("warmup_steps", "resample_every")
-        for name in ("steps", "batch_size", "init_rows", "log_every", "seed", *optional):
+        optional = ("warmup_steps", "resample_every", "eval_every")
+        counts = ("steps", "batch_size", "accumulate", "init_rows", "seed")
+        for name in (*counts, "log_every", "checkpoint_every", "keep", *optional):
             value, least = getattr(self, name), 0 if name in ("seed", "warmup_steps") else 1
             if value is None and name in optional:
                 continue
@@ -77,9 +102,16 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a finite number above 0, got {value}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "ema"):
+            value = getattr(self, name)
+            if not (value is None and name == "ema") and not 0 <= value < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate: expected at most batch_size {self.batch_size}, got {self.accumulate}"
+            )
+        if self.decay not in ("linear", "cosine"):
+            raise ValueError(f"decay: expected linear or cosine, got {self.decay!r}")
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps: expected a finite number above 0, got {self.eps}")
         if not 0 <= self.decay_fraction <= 1:
@@ -99,20 +131,31 @@ class TrainConfig:
         up = (step + 1) / warmup if step < warmup else 1.0
         decay = self.decay_fraction * self.steps
         down = (self.steps - step) / decay if self.steps - step < decay else 1.0
+        if self.decay == "cosine":
+            down = (1 - math.cos(math.pi * down)) / 2
         return min(up, down)
 
 
 class Trainer:
     """Trains an SAE on a source of activations.
 
-    With `out`, log.jsonl grows there line by line and the weights are saved at the end.
+    With `out` the run is kept there: log.jsonl grows line by line, checkpoints are written, and the
+    weights at the end. holdout: rows that it is evaluated on from time to time.
     """
 
     def __init__(
-        self, sae: SAE, source: Source, config: TrainConfig, *, out: str | Path | None = None
+        self,
+        sae: SAE,
+        source: Source | IterableSource,
+        config: TrainConfig,
+        *,
+        out: str | Path | None = None,
+        holdout: Source | None = None,
     ) -> None:
-        _check_widths(sae, source)
-        self.sae, self.source, self.config = sae, source, config
+        for rows in (source, holdout):
+            if rows is not None:
+                _check_widths(sae, rows)
+        self.sae, self.source, self.config, self.holdout = sae, source, config, holdout
         self.out = None if out is None else Path(out)
         self.lr = config.lr or 2e-4 / math.sqrt(sae.config.d_sae / 2**14)
         betas = (config.beta1, config.beta2)
@@ -132,113 +175,183 @@ class Trainer:
                 unit_rows=[sae.W_dec] if sae.config.decoder_norm == "unit" else [],
                 backend=sae.backend,
             )
+        self.ema = None if config.ema is None else EMA(sae, config.ema)
         # On a GPU a step does not wait: a loss that is not finite writes nothing, and is raised at
         # the next line of the log.
         self.on_device = self.engine()["backend"] == "triton" and isinstance(self.optimizer, Adam)
         self.all_finite = torch.ones((), dtype=torch.bool, device=sae.W_dec.device)
         self.step_count = 0
+        self.seconds = 0.0
+        """What the steps took so far, without evaluations and checkpoints; in all processes."""
+        self.log_bytes = 0
+
+    # ---- one step ----
 
     def initialize(self) -> None:
         """Measures scale and b_dec on the first training rows in their shuffled order."""
-        n = min(self.config.init_rows, self.source.n_rows)
-        x, target, _ = next(Batches(self.source, n, self.config.seed))
-        sae = self.sae
-        device = sae.W_dec.device
-        target = None if target is None else target.to(device)
-        sae.initialize_from_(x.to(device), target, scale=self.config.scale, b_dec=self.config.b_dec)
+        n = self.config.init_rows
+        if self.source.n_rows is not None:
+            n = min(n, self.source.n_rows)
+        x, target, _ = self._moved(next(self.source.batches(n, self.config.seed)))
+        self.sae.initialize_from_(x, target, scale=self.config.scale, b_dec=self.config.b_dec)
+        if self.ema is not None:
+            self.ema = EMA(self.sae, self.ema.decay)
 
     def step(self, batch: Batch) -> SAEOutput:
-        """One optimiser step; returns what the SAE made of the batch before it."""
-        sae, optimizer = self.sae, self.optimizer
+        """One optimiser step; returns what the SAE made of the batch, or its last part, before it.
+
+        FloatingPointError: a loss is not finite (on a GPU `all_finite` says so); no weight changes.
+        """
+        sae, optimizer, config = self.sae, self.optimizer, self.config
         sae.train()
-        device = sae.W_dec.device
-        x, target, gradient = (None if t is None else t.to(device) for t in batch)
-        assert x is not None
-        sae.progress = min(1.0, self.step_count / self.config.steps)
+        sae.progress = min(1.0, self.step_count / config.steps)
+        batch = self._moved(batch)
         optimizer.zero_grad()
-        try:
-            output = sae.losses(x, target, gradient)
-        except ValueError as error:  # a source has finite rows, so it is the weights
-            if "finite" not in str(error):
-                raise
-            raise FloatingPointError(self._diverged(str(error))) from error
-        finite = output.loss.detach().isfinite()
-        if not self.on_device and not bool(finite):  # a bad step writes nothing
-            raise FloatingPointError(
-                self._diverged(f"expected a finite loss, got {float(output.loss.detach())}")
-            )
-        self.all_finite &= finite
-        output.loss.backward()
+        all_finite = torch.ones((), dtype=torch.bool, device=batch.x.device)
+        for part in _parts(batch, config.accumulate):
+            try:
+                output = sae.losses(*part)
+            except ValueError as error:  # a source has finite rows, so it is the weights
+                if "finite" not in str(error):
+                    raise
+                raise FloatingPointError(self._diverged(str(error))) from error
+            finite = output.loss.detach().isfinite()
+            if not self.on_device and not bool(finite):  # a bad step writes nothing
+                raise FloatingPointError(
+                    self._diverged(f"expected a finite loss, got {float(output.loss.detach())}")
+                )
+            all_finite &= finite
+            (output.loss * (len(part.x) / len(batch.x))).backward()
+        self.all_finite &= all_finite
         for group in optimizer.param_groups:
-            group["lr"] = self.lr * self.config.lr_factor(self.step_count)
+            group["lr"] = self.lr * config.lr_factor(self.step_count)
         if isinstance(optimizer, Adam):  # projects, clips and normalises itself
-            optimizer.step(valid=finite if self.on_device else None)
+            optimizer.step(valid=all_finite if self.on_device else None)
         else:
             sae.project_decoder_gradient_()
-            if self.config.clip is not None:
-                torch.nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip)
+            if config.clip is not None:
+                torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
             optimizer.step()
             sae.normalize_decoder_()
         self.step_count += 1
-        every = self.config.resample_every
+        if self.ema is not None:
+            self.ema.update(self.step_count)
+        every = config.resample_every
         if every and self.step_count % every == 0:
-            resample_dead_(sae, optimizer, x, target, seed=self.config.seed + self.step_count)
+            seed = config.seed + self.step_count
+            resample_dead_(sae, optimizer, batch.x, batch.target, seed=seed)
         return output
+
+    def _moved(self, batch: Batch) -> Batch:
+        device = self.sae.W_dec.device
+        return Batch(*(None if t is None else t.to(device) for t in batch))  # type: ignore[arg-type]
+
+    # ---- the run ----
+
+    def resume(self) -> bool:
+        """Goes back to the run's newest checkpoint; False where there is none."""
+        folder = None if self.out is None else checkpoint.latest(self.out)
+        if folder is None:
+            return False
+        self.log_bytes = checkpoint.restore(self, folder)["log_bytes"]
+        return True
+
+    def save(self) -> Path:
+        """Writes a checkpoint. FloatingPointError: weights or losses are not finite."""
+        if self.out is None:
+            raise ValueError("out: expected a run directory to save to, got None")
+        self.check_finite()
+        return checkpoint.save(self, self.out, keep=self.config.keep, log_bytes=self.log_bytes)
 
     def run(
         self, *, progress: bool = True, on_step: Callable[[int, SAEOutput], None] | None = None
     ) -> dict[str, float]:
-        """Initialises, trains config.steps steps and returns train_seconds and tokens_per_s."""
-        start = time.perf_counter()
-        log = None
-        if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
-            log = (self.out / "log.jsonl").open("a" if self.step_count else "w")
-            settings = {"sae": self.sae.config.to_dict(), "train": asdict(self.config)}
-            log.write(json.dumps({"config": settings, "engine": self.engine()}) + "\n")
-        try:
-            if self.step_count == 0:
-                self.initialize()
-            first_step = self.step_count
-            start_row = self.step_count * self.config.batch_size
-            batches = Batches(self.source, self.config.batch_size, self.config.seed, start_row)
-            with tqdm(
-                total=self.config.steps,
-                initial=first_step,
-                disable=None if progress else True,
-                unit="step",
-            ) as bar:
-                while self.step_count < self.config.steps:
-                    output = self.step(next(batches))
-                    if on_step is not None:
-                        on_step(self.step_count, output)
-                    bar.update()
-                    if (
-                        self.step_count % self.config.log_every
-                        and self.step_count < self.config.steps
-                    ):
-                        continue
-                    if not bool(self.all_finite):
-                        raise FloatingPointError(self._diverged("expected finite losses so far"))
-                    line = self._log_line(output, time.perf_counter() - start)
-                    bar.set_postfix(loss=f"{line['loss']:.4f}", dead=line["n_dead"])
-                    if log is not None:
-                        log.write(json.dumps(line) + "\n")
-                        log.flush()
-        finally:
-            if log is not None:
-                log.close()
-        self.sae.progress = min(1.0, self.step_count / self.config.steps)
-        seconds = time.perf_counter() - start
-        for name, p in self.sae.named_parameters():  # what the last update wrote is in no loss
-            # In blocks: isfinite makes temporary copies of what it looks at.
-            if not all(bool(torch.isfinite(rows).all()) for rows in p.split(1 << 14)):
-                raise FloatingPointError(self._diverged(f"expected a finite {name}"))
-        if self.out is not None:
-            self.sae.save(self.out)
+        """Trains until config.steps; returns train_seconds, tokens_per_s and interrupted.
+
+        Initialises first, if no step was taken. With `out`, SIGINT, SIGTERM and SIGHUP let it
+        finish the step, save a checkpoint and return with interrupted = True; a second SIGINT is a
+        KeyboardInterrupt.
+        """
+        config, first_step = self.config, self.step_count
+        eval_every = config.eval_every or max(1, config.steps // 10)
+        log = RunLog(
+            self.out,
+            keep_bytes=self.log_bytes,
+            steps=config.steps,
+            first_step=first_step,
+            progress=progress,
+            wandb=config.wandb,
+            config=self.settings(),
+        )
+        with log, _stop_requests(self.out is not None) as stop:
+            if first_step == 0:
+                log.write({"config": self.settings(), "engine": self.engine()})
+                with self._timed():
+                    self.initialize()
+            batches = self.source.batches(
+                config.batch_size, config.seed, first_step * config.batch_size
+            )
+            while self.step_count < config.steps and not stop.is_set():
+                line = None
+                with self._timed():
+                    batch = self._next(batches)
+                    output = self.step(batch)
+                    last = self.step_count == config.steps
+                    if last or self.step_count % config.log_every == 0:
+                        line = self._figures(output, batch)  # waits for a GPU
+                log.bar.update()
+                if on_step is not None:
+                    on_step(self.step_count, output)
+                if line is not None:
+                    log.bar.set_postfix(loss=f"{line['loss']:.4f}", dead=line["n_dead"])
+                    log.write({**self._place(), **line})
+                if self.holdout is not None and (last or self.step_count % eval_every == 0):
+                    log.write({"step": self.step_count, "eval": self.evaluate(self.holdout)})
+                self.log_bytes = log.n_bytes
+                if self.out is not None and self.step_count % config.checkpoint_every == 0:
+                    self.save()
+            self.sae.progress = min(1.0, self.step_count / config.steps)
+            self.check_finite()
+            interrupted = self.step_count < config.steps
+            if self.out is not None and self.step_count:
+                self.save()
+                if not interrupted:
+                    with self.averaged():
+                        self.sae.save(self.out)
         self.sae.eval()
-        tokens = (self.step_count - first_step) * self.config.batch_size
-        return {"train_seconds": seconds, "tokens_per_s": tokens / seconds}
+        tokens = self.step_count * config.batch_size
+        return {
+            "train_seconds": self.seconds,
+            "tokens_per_s": tokens / max(self.seconds, 1e-9),
+            "interrupted": interrupted,
+        }
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        try:
+            return next(batches)
+        except Exception:  # the state is not to blame, so it is not lost
+            if self.out is not None and self.step_count:
+                self.save()
+            raise
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the SAE has the averaged weights, where the settings ask for an average."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied()
+
+    def evaluate(self, source: Source) -> dict[str, float]:
+        """`evaluate` of the (averaged) weights."""
+        with self.averaged():
+            return evaluate(self.sae, source)
+
+    def settings(self) -> dict[str, Any]:
+        """Both configurations as plain data."""
+        return {"sae": self.sae.config.to_dict(), "train": asdict(self.config)}
 
     def engine(self) -> dict[str, str]:
         """What runs the steps: the backend, and whether W_enc and W_dec have gradient matrices."""
@@ -248,25 +361,82 @@ class Trainer:
             "gradients": "rows, summed in the update" if rows else "dense",
         }
 
+    def check_finite(self) -> None:
+        """FloatingPointError: a loss so far, or a weight, is not finite."""
+        if not bool(self.all_finite):
+            raise FloatingPointError(self._diverged("expected finite losses so far"))
+        for name, p in self.sae.named_parameters():  # what the last update wrote is in no loss
+            # In blocks: isfinite makes temporary copies of what it looks at.
+            if not all(bool(torch.isfinite(rows).all()) for rows in p.split(1 << 14)):
+                raise FloatingPointError(self._diverged(f"expected a finite {name}"))
+
     def _diverged(self, what: str) -> str:
         return f"step {self.step_count}: {what}; a lower learning rate usually helps"
 
-    def _log_line(self, output: SAEOutput, seconds: float) -> dict[str, Any]:
+    def _place(self) -> dict[str, Any]:
         tokens = self.step_count * self.config.batch_size
         return {
             "step": self.step_count,
             "tokens": tokens,
-            "seconds": round(seconds, 3),
+            "seconds": round(self.seconds, 3),
+            "tokens_per_s": tokens / self.seconds,
+        }
+
+    def _figures(self, output: SAEOutput, batch: Batch) -> dict[str, Any]:
+        if not bool(self.all_finite):
+            raise FloatingPointError(self._diverged("expected finite losses so far"))
+        fvu = self._fvu(output, batch)
+        return {
             "lr": self.optimizer.param_groups[0]["lr"],
             "loss": float(output.loss.detach()),
             **{name: float(value.detach()) for name, value in output.losses.items()},
+            "fvu": fvu,
+            "explained_variance": 1 - fvu,
             "l0": float(output.metrics["l0"]),
             "n_dead": int(output.metrics["n_dead"]),
-            "tokens_per_s": tokens / seconds,
         }
 
+    def _fvu(self, output: SAEOutput, batch: Batch) -> float:
+        """Of the last part of a batch: its mean squared error ÷ the variance of what it is of."""
+        part = _parts(self._moved(batch), self.config.accumulate)[-1]
+        y = (part.x if part.target is None else part.target) * self.sae._out_scale
+        variance = float((y - y.mean(0)).square().mean())
+        return float(output.losses["mse"].detach()) / variance if variance else math.nan
 
-def _check_widths(sae: SAE, source: Source) -> None:
+
+def _parts(batch: Batch, n: int) -> list[Batch]:
+    """A batch cut into n parts, as even as can be."""
+    if n == 1:
+        return [batch]
+    columns = [[None] * n if t is None else t.tensor_split(n) for t in batch]
+    return [Batch(*part) for part in zip(*columns, strict=True)]
+
+
+@contextlib.contextmanager
+def _stop_requests(wanted: bool) -> Iterator[threading.Event]:
+    """An event that SIGINT, SIGTERM and SIGHUP set, where wanted; a second SIGINT interrupts."""
+    stop = threading.Event()
+    before: dict[int, Any] = {}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if wanted and threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            # What is ignored (SIGHUP under nohup) stays so.
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_widths(sae: SAE, source: Source | IterableSource) -> None:
     if source.d_in != sae.config.d_in:
         raise ValueError(f"{source.name}: expected width {sae.config.d_in}, got {source.d_in}")
     d_out = None if source.target is None else source.d_out

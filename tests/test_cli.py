@@ -1,8 +1,10 @@
 """The command line, as a person meets it: in a process of its own."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 from fastsae import SAE
+from fastsae.data import open_source
+from fastsae.train import evaluate
 
 
 def run(*args: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -42,7 +46,9 @@ def test_train_writes_a_run_that_loads(acts: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert lines[0]["config"]["sae"]["d_sae"] == 96
     assert lines[0]["config"]["train"]["seed"] == 3
-    assert [line["step"] for line in lines[1:]] == [50, 60]
+    assert [line["step"] for line in lines if "loss" in line] == [50, 60]
+    assert [line["step"] for line in lines if "eval" in line] == list(range(6, 61, 6))
+    assert lines[-1]["eval"]["fvu"] == figures["fvu"]
     sae = SAE.load(out)
     assert sae.config.selection.to_dict()["k"] == 4
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(96))
@@ -69,6 +75,7 @@ def test_selection_and_its_parameters(acts: Path, tmp_path: Path) -> None:
         done = run("train", *options, "--out", tmp_path / "no", *extra, code=1)
         assert message in done.stderr and not (tmp_path / "no").exists()
     assert "expected with train only" in run("info", "--selection.k", 3, code=1).stderr
+    assert "expected a file" in run("eval", tmp_path / "no", code=1).stderr
 
 
 def test_same_seed_same_weights(acts: Path, tmp_path: Path) -> None:
@@ -116,6 +123,52 @@ def test_bad_input_is_one_line(
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (out / "sae.safetensors").exists()
     assert not (out / "metrics.json").exists()
+
+
+def test_a_run_is_interrupted_resumed_and_evaluated(acts: Path, tmp_path: Path) -> None:
+    options = ("--d-sae", 64, "--k", 4, "--batch-size", 64, "--lr", 1e-3, "--holdout", 100)
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    data = ("--data", acts.name)  # a name that means something in this folder only
+    run("train", *data, "--steps", 3000, "--out", whole, *options, cwd=acts.parent)
+    command = [sys.executable, "-m", "fastsae", "train", "--steps", "3000", *map(str, options)]
+    process = subprocess.Popen(
+        [*command, *data, "--out", str(out)], cwd=acts.parent, stdout=subprocess.PIPE, text=True
+    )
+    while not ((out / "log.jsonl").exists() and b'"step": 50' in (out / "log.jsonl").read_bytes()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert f"go on with: fastsae train --resume --out {out}" in said
+    assert not (out / "metrics.json").exists()
+    unfinished = json.loads(run("eval", out, "--json").stdout)
+    run("train", "--resume", "--out", out)  # from another folder
+    assert (out / "sae.safetensors").read_bytes() == (whole / "sae.safetensors").read_bytes()
+    figures = json.loads((out / "metrics.json").read_text())
+    again = json.loads(run("eval", out, "--json").stdout)
+    assert again["fvu"] == figures["fvu"] < unfinished["fvu"]
+    assert f"{again['fvu']:.4f}" in run("eval", out).stdout
+    everything = json.loads(run("eval", out, "--data", acts, "--json").stdout)
+    assert everything["fvu"] == evaluate(SAE.load(out), open_source(acts))["fvu"]
+
+    done = run("train", "--resume", "--out", out, "--k", 5, code=1)
+    assert "a run goes on with what it began with: expected k 4, got 5" in done.stderr
+    for folder, message in ((tmp_path, "expected a file config.json"), (acts, "expected a file")):
+        assert message in run("eval", folder, code=1).stderr
+    # --resume where there is nothing yet begins: one command line serves for every start of a job.
+    run(
+        "train",
+        *data,
+        "--steps",
+        2,
+        "--resume",
+        "--out",
+        tmp_path / "new",
+        *options,
+        cwd=acts.parent,
+    )
+    assert SAE.load(tmp_path / "new").config.d_sae == 64
 
 
 def test_a_finished_run_is_not_overwritten(acts: Path, tmp_path: Path) -> None:

@@ -900,8 +900,8 @@ def test_a_failed_save_changes_no_file(
         path.write_bytes(b"half")
         raise DiskFull
 
-    def write_half(path: Path, text: str) -> int:
-        path.write_bytes(text[: len(text) // 2].encode())
+    def write_half(path: Path, data: Any) -> None:
+        path.write_bytes(b'{"d_in":')
         raise DiskFull
 
     def replace(*_: Any) -> None:
@@ -911,7 +911,7 @@ def test_a_failed_save_changes_no_file(
         if stage == "weights":
             patch.setattr(sae_module, "write_tensors", save_half)
         elif stage == "config":
-            patch.setattr(Path, "write_text", write_half)
+            patch.setattr(sae_module, "write_json", write_half)
         else:
             patch.setattr(os, "replace", replace)
         with pytest.raises(DiskFull):
@@ -965,8 +965,9 @@ def test_load_refuses_a_foreign_config(tmp_path: Path, text: str) -> None:
 
 
 EDITS: dict[str, tuple[dict[str, Any], str]] = {
-    "shape": ({"d_sae": 97}, r"sae\.safetensors: .*size mismatch for W_enc"),
-    "width": ({"d_in": 25}, r"sae\.safetensors: .*size mismatch for W_enc"),
+    "shape": ({"d_sae": 97}, r"sae\.safetensors: W_dec: expected shape \(97, 24\), got \(96, 24\)"),
+    "width": ({"d_in": 25}, r"sae\.safetensors: W_dec: expected shape \(96, 25\), got \(96, 24\)"),
+    "huge": ({"d_sae": 2**31 - 1}, r"sae\.safetensors: W_dec: expected shape \(2147483647, "),
     "extra-tensor": ({"encoder_bias": False}, r"sae\.safetensors: .*Unexpected key.*b_enc"),
     "missing-tensor": (
         {"d_out": 24, "skip": True, "apply_b_dec_to_input": False},

@@ -223,6 +223,10 @@ SCHEDULES: dict[str, tuple[dict[str, Any], list[float]]] = {
     "constant": ({"steps": 3, "warmup_steps": 0, "decay_fraction": 0.0}, [1, 1, 1]),
     "too-short": ({"steps": 3, "warmup_steps": 6, "decay_fraction": 0.0}, [1 / 6, 2 / 6, 3 / 6]),
     "overlap": ({"steps": 4, "warmup_steps": 4, "decay_fraction": 1.0}, [0.25, 0.5, 0.5, 0.25]),
+    "cosine": (
+        {"steps": 4, "warmup_steps": 0, "decay_fraction": 1.0, "decay": "cosine"},
+        [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2],
+    ),
     "default": ({"steps": 20}, [0.5, *[1] * 16, 0.75, 0.5, 0.25]),
 }
 
@@ -437,6 +441,54 @@ def test_the_backends_part_slowly() -> None:
     assert fvu < 0.45 and ours[-1] < 0.5 * ours[0]  # and both have learnt something
 
 
+# ---- parts of a batch, averages ----
+
+
+@pytest.mark.parametrize("optimizer", [*EXACT, "adam-lazy"])
+@pytest.mark.parametrize("parts", [2, 5])
+def test_a_batch_in_parts_gives_the_same_step(optimizer: str, parts: int) -> None:
+    config = {"decoder_norm": "free", "auxk_coef": 0.0}
+    whole, cut = make(**config), make(**config)
+    settings = TrainConfig(steps=1, batch_size=32, lr=1e-2, optimizer=optimizer, clip=0.01)
+    Trainer(whole, source(), settings).run(progress=False)
+    Trainer(cut, source(), replace(settings, accumulate=parts)).run(progress=False)
+    for name, p in whole.named_parameters():
+        # Adam's first step has the size of the learning rate whatever the gradient's.
+        assert relative_error(cut.get_parameter(name), p.double()) < 1e-4, name
+    assert bool((cut.tokens_since_fired == whole.tokens_since_fired).all()) is False
+    assert torch.equal(cut.tokens_since_fired == 32, whole.tokens_since_fired == 32)
+
+
+@pytest.mark.parametrize("norm", ["unit", "free"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ema_is_the_average_of_all_steps(tmp_path: Path, norm: str, dtype: str) -> None:
+    sae = make(decoder_norm=norm, dtype=dtype)
+    data = source()
+    settings = TrainConfig(steps=12, batch_size=32, lr=1e-2, ema=0.6)
+    trainer = Trainer(sae, data, settings, out=tmp_path, holdout=data)
+    expected: dict[str, Tensor] = {}
+
+    def average(step: int, _: SAEOutput) -> None:
+        decay = min(0.6, (1 + step) / (10 + step))
+        for name, p in sae.named_parameters():
+            new = p.detach().double()
+            expected[name] = decay * expected.get(name, started[name]) + (1 - decay) * new
+        if norm == "unit":
+            expected["W_dec"] = torch.nn.functional.normalize(expected["W_dec"], dim=1)
+
+    trainer.initialize()
+    started = {name: p.detach().double() for name, p in sae.named_parameters()}
+    trainer.run(progress=False, on_step=average)
+    saved = SAE.load(tmp_path)
+    for name, p in saved.named_parameters():
+        low = dtype == "bfloat16"
+        assert relative_error(p, expected[name]) < (2**-8 if low else 1e-6), name
+        assert not torch.equal(p, sae.get_parameter(name)), name  # the SAE goes on with its own
+    last = log_lines(tmp_path)[-1]
+    assert last["step"] == 12
+    assert last["eval"]["fvu"] == pytest.approx(evaluate(saved, data)["fvu"], rel=1e-6)
+
+
 # ---- what a run leaves behind ----
 
 
@@ -449,7 +501,8 @@ def test_a_run_directory(tmp_path: Path) -> None:
     sae = make(dead_after=100, **MULTI)
     settings = {"steps": 25, "batch_size": 32, "lr": 3e-3, "log_every": 10, "warmup_steps": 5}
     outputs = train(sae, source(), out=out, **settings)
-    assert sorted(os.listdir(out)) == ["config.json", "log.jsonl", "sae.safetensors"]
+    files = ["config.json", "latest", "log.jsonl", "sae.safetensors", "step-25"]
+    assert sorted(os.listdir(out)) == files
     first, *lines = log_lines(out)
     assert SAEConfig.from_dict(first["config"]["sae"]) == sae.config
     assert TrainConfig(**first["config"]["train"]) == TrainConfig(**settings)
@@ -465,6 +518,11 @@ def test_a_run_directory(tmp_path: Path) -> None:
         }
         assert line["lr"] == pytest.approx(3e-3 * factors.lr_factor(line["step"] - 1))
         assert line["l0"] == 4 == float(output.codes.l0().double().mean())
+        x = next(Batches(source(), 32, start=32 * (line["step"] - 1))).x.double()
+        x *= float(sae.input_scale)
+        fvu = float(output.losses["mse"].detach()) / float((x - x.mean(0)).square().mean())
+        assert line["fvu"] == pytest.approx(fvu, rel=1e-5)
+        assert line["explained_variance"] == 1 - line["fvu"]
         assert line["n_dead"] == int(output.metrics["n_dead"])
         assert line["seconds"] >= 0 and line["tokens_per_s"] > 0
     assert lines[-1]["n_dead"] > 0 and {"mse", "auxk", "multi_topk"} <= set(lines[-1])
@@ -486,7 +544,8 @@ def test_run_reports_what_it_took(capsys: pytest.CaptureFixture[str]) -> None:
     trainer = Trainer(make(), source(), TrainConfig(steps=6, batch_size=50))
     result = trainer.run(progress=False, on_step=lambda step, _: steps.append(step))
     assert steps == [1, 2, 3, 4, 5, 6] and trainer.step_count == 6
-    assert set(result) == {"train_seconds", "tokens_per_s"}
+    assert set(result) == {"train_seconds", "tokens_per_s", "interrupted"}
+    assert result["interrupted"] is False
     assert result["train_seconds"] > 0
     assert result["tokens_per_s"] == pytest.approx(300 / result["train_seconds"])
     assert capsys.readouterr() == ("", "")
@@ -727,6 +786,11 @@ WRONG_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "beta2": ({"beta2": -0.1}, r"beta2: expected a number in \[0, 1\), got -0.1"),
     "beta2-nan": ({"beta2": NAN}, r"beta2: expected a number in \[0, 1\), got nan"),
     "decay": ({"decay_fraction": 1.1}, r"decay_fraction: expected a number in \[0, 1\], got 1.1"),
+    "decay-form": ({"decay": "steps"}, "decay: expected linear or cosine, got 'steps'"),
+    "ema": ({"ema": 1.0}, r"ema: expected a number in \[0, 1\), got 1.0"),
+    "accumulate": ({"accumulate": 9, "batch_size": 8}, "accumulate: expected at most batch_size 8"),
+    "keep": ({"keep": 0}, "keep: expected at least 1, got 0"),
+    "checkpoint_every": ({"checkpoint_every": 0}, "checkpoint_every: expected at least 1, got 0"),
     "b_dec": ({"b_dec": "median"}, "b_dec: expected one of geometric_median, mean, zero, got 'me"),
     "optimizer": ({"optimizer": "sgd"}, "optimizer: expected one of adam, .*, got 'sgd'"),
 }

@@ -1,0 +1,167 @@
+"""Run directories: what `fastsae train` writes, and `fastsae eval` and `--resume` read.
+
+    run.json                       the options, resolved; may be given to --config
+    log.jsonl                      how it went
+    step-N/, latest                checkpoints (`fastsae.checkpoint`)
+    config.json, sae.safetensors   the SAE at the end
+    metrics.json                   its figures
+
+The last two lines appear when the training is finished.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsae import checkpoint, metrics
+from fastsae.data import Source, in_order, open_source, split
+from fastsae.files import appear, read_json, write_json
+from fastsae.sae import SAE, SAEConfig
+from fastsae.selection import Selection
+from fastsae.timing import product_seconds
+from fastsae.train import TrainConfig, Trainer, evaluate
+
+FILES = ("run.json", "config.json", "sae.safetensors", "log.jsonl", "metrics.json")
+FIGURE_ROWS = 1 << 20
+"""Training rows, at most, that the dead share and PCA are computed on: evenly spaced ones."""
+
+
+def check_new(out: Path) -> None:
+    """ValueError: the folder holds a run already."""
+    there = [name for name in (*FILES, "latest") if (out / name).exists()]
+    if there:
+        raise ValueError(
+            f"{out}: expected a new run directory, got one with {', '.join(there)}; "
+            "with --resume a run goes on"
+        )
+
+
+def remove(out: Path) -> None:
+    """Removes a run, and nothing else that may be in its folder."""
+    for name in (*FILES, "latest"):
+        (out / name).unlink(missing_ok=True)
+    for folder in list(out.glob("step-*")):
+        if checkpoint.step_of(folder) is not None:
+            shutil.rmtree(folder)
+    checkpoint.remove_leftovers(out)
+
+
+def options_of(run: Path) -> dict[str, Any]:
+    """What run.json says. ValueError: it is not there or not readable."""
+    return read_json(run / "run.json")
+
+
+def check_same(run: Path, options: dict[str, Any]) -> None:
+    """ValueError: a run would go on with other options than it began with."""
+    began = options_of(run)
+    for name in sorted({*began, *options} - set(checkpoint.FREE)):
+        if began.get(name) != options.get(name):
+            raise ValueError(
+                f"{run / 'run.json'}: a run goes on with what it began with: expected {name} "
+                f"{began.get(name)!r}, got {options.get(name)!r}"
+            )
+
+
+def train(
+    config: SAEConfig,
+    rows: Source,
+    holdout: Source,
+    settings: TrainConfig,
+    out: Path,
+    options: dict[str, Any],
+    *,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Trains, or goes on training, and returns the final figures, which are written, too.
+
+    Where the training was interrupted it returns what `Trainer.run` does.
+    """
+    resume = resume and (out / "run.json").exists()
+    if resume:
+        check_same(out, options)
+    else:
+        check_new(out)
+    held = holdout if holdout.n_rows else None
+    trainer = Trainer(SAE(config, seed=settings.seed), rows, settings, out=out, holdout=held)
+    resume = resume and trainer.resume()
+    out.mkdir(parents=True, exist_ok=True)
+    appear(out / "run.json", lambda partial: write_json(partial, options))
+    try:
+        figures: dict[str, Any] = trainer.run()
+    except OSError as error:
+        folder = checkpoint.latest(out)
+        there = "there is no checkpoint yet" if folder is None else f"{folder} is whole"
+        raise OSError(f"step {trainer.step_count}: {error}; {there}") from error
+    if figures["interrupted"]:
+        return {**figures, "step": trainer.step_count, "steps": settings.steps}
+    figures |= final_figures(SAE.load(out), rows, holdout, settings, figures["train_seconds"])
+    appear(out / "metrics.json", lambda partial: write_json(partial, figures))
+    return figures
+
+
+def final_figures(
+    sae: SAE, rows: Source, holdout: Source, settings: TrainConfig, seconds: float
+) -> dict[str, Any]:
+    """On held-out rows, beside PCA; the dead share on training rows; what a step cost."""
+    figures: dict[str, Any] = evaluate(sae, holdout) if holdout.n_rows else {}
+    n = min(rows.n_rows, FIGURE_ROWS)
+    some = rows.select(np.arange(n) * rows.n_rows // n)
+    if holdout.n_rows and rows.target is None:
+        figures["pca_components"] = min(round(_l0_of(sae.config.selection)), rows.d_in)
+        figures["pca_fvu"] = metrics.pca_fvu(
+            (batch.x for batch in in_order(some, 4096)),
+            (batch.x for batch in in_order(holdout, 4096)),
+            figures["pca_components"],
+        )
+    figures["dead_share"] = evaluate(sae, some)["dead_share"]
+    figures["dead_share_rows"] = n
+    x = next(rows.batches(settings.batch_size, settings.seed)).x
+    figures["product_seconds"] = product_seconds(x, sae.W_enc)
+    figures["step_ratio"] = seconds / settings.steps / figures["product_seconds"]
+    return figures
+
+
+def evaluate_run(run: Path, data: str | None, target: str | None) -> dict[str, float]:
+    """Figures of a run's final SAE, or its newest checkpoint's, or any saved SAE.
+
+    On all rows of data, or, where it is None, on the rows that the run held out. ValueError: there
+    is none, or the data do not fit.
+    """
+    folder = run
+    if not (run / "sae.safetensors").exists():
+        folder = checkpoint.latest(run) or run
+    sae = SAE.load(folder)
+    gradients = sae.config.selection.needs_gradient
+    if data is not None:
+        rows = open_source(data, target, gradients=gradients)
+    else:
+        options = options_of(run)
+        whole = open_source(options["data"], options["target"], gradients=gradients)
+        rows = split(whole, options["holdout"])[1]
+        if not rows.n_rows:
+            raise ValueError(f"{run}: expected data, as the run held no rows out")
+    return evaluate(sae, rows)
+
+
+def print_figures(figures: dict[str, Any], out: Path) -> None:
+    lines = [
+        ("held-out FVU", "fvu", "{:.4f}", ""),
+        ("held-out FVU of PCA", "pca_fvu", "{:.4f}", "with {pca_components} components"),
+        ("L0", "l0", "{:.2f}", "active latents a token"),
+        ("dead share", "dead_share", "{:.2%}", "latents silent on {dead_share_rows:,} rows"),
+        ("training", "train_seconds", "{:.1f} s", "{tokens_per_s:,.0f} tokens/s"),
+        ("step ÷ product", "step_ratio", "{:.2f}", "product: {product_seconds:.4f} s, dense, fp32"),
+    ]
+    for label, key, form, remark in lines:
+        if key in figures:
+            print(f"{label:20} {form.format(figures[key]):>9}  {remark.format(**figures)}")
+    print(f"{'run directory':20} {out}")
+
+
+def _l0_of(rule: Selection) -> float:
+    """The mean number of active latents a token that the rule aims at, 32 where it has no aim."""
+    return (rule.k_name and getattr(rule, rule.k_name)) or 32
