@@ -345,10 +345,17 @@ def test_kill_at_random_moments(tmp_path: Path, acts: str) -> None:
     kills, steps = 0, set()
     while kills < 50:  # several runs, where the machine is so fast that one ends before
         out = tmp_path / f"run-{kills}"
-        newest = 0
+        newest, folder = 0, None
         while True:
             process = started(acts, str(out), *more)
-            process.join(rng.uniform(0.05, 0.4) if kills < 50 else 120)
+            if kills % 2:  # at any moment, at the start too
+                process.join(rng.uniform(0.02, 0.4))
+            elif kills < 50:  # soon after it came further
+                while process.exitcode is None and checkpoint.latest(out) == folder:
+                    time.sleep(0.001)
+                process.join(rng.uniform(0, 0.05))
+            else:
+                process.join(120)
             if process.exitcode is not None:
                 break
             os.kill(process.pid, signal.SIGKILL)
