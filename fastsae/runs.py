@@ -98,7 +98,9 @@ def train(
         raise OSError(f"step {trainer.step_count}: {error}; {there}") from error
     if figures["interrupted"]:
         return {**figures, "step": trainer.step_count, "steps": settings.steps}
-    figures |= final_figures(SAE.load(out), rows, holdout, settings, figures["train_seconds"])
+    with trainer.averaged():
+        seconds = figures["train_seconds"]
+        figures |= final_figures(trainer.sae, rows, holdout, settings, seconds)
     appear(out / "metrics.json", lambda partial: write_json(partial, figures))
     return figures
 

@@ -9,6 +9,7 @@ float32 N×F matrix 256 MiB; an N×F mask alone has 64 MiB.
 
 import json
 
+import numpy as np
 import pytest
 from common import run_child
 
@@ -114,3 +115,39 @@ print(torch.equal(*again))
 def test_want_of_memory_in_a_kernel_is_an_exception(mebibytes):
     """Wherever a thread is when it gets none, the process lives, and the next call is right."""
     assert run_child(WANT_OF_MEMORY, str(mebibytes)).split() == ["MemoryError", "True"]
+
+
+LONG = """
+import json, sys
+from pathlib import Path
+
+import torch
+
+from fastsae import SAE, SAEConfig, TopK
+from fastsae.data import open_source
+from fastsae.train import TrainConfig, Trainer
+
+
+def resident(step, _):
+    if step in (2000, 10000):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        sizes.append(next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")))
+
+
+torch.set_num_threads(1)
+sizes = []
+config = TrainConfig(
+    steps=10000, batch_size=16, log_every=100, eval_every=500, checkpoint_every=2000, ema=0.9
+)
+source = open_source(sys.argv[1])
+sae = SAE(SAEConfig(8, 32, TopK(2), dead_after=1000))
+Trainer(sae, source, config, out=sys.argv[2], holdout=source).run(progress=False, on_step=resident)
+print(json.dumps(sizes))
+"""
+
+
+def test_ten_thousand_steps_take_no_more_memory_than_two_thousand(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((200, 8), np.float32))
+    child = run_child(LONG, str(tmp_path / "x.npy"), str(tmp_path / "run"))
+    first, last = json.loads(child.splitlines()[-1])
+    assert last - first < 2048  # KiB, in 8000 steps
