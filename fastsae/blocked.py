@@ -60,10 +60,8 @@ class Blocked(NamedTuple):
     """(N, D_out): x̂_frozen."""
     totals: tuple[Tensor, ...]
     """0-d each."""
-    n_active: Tensor
-    """0-d int64: the values that are not 0."""
-    fired: Tensor
-    """(F) bool."""
+    firing_counts: Tensor
+    """(F) int64: of each latent the values that are not 0."""
 
 
 PairFunction = Callable[..., Pairs]
@@ -191,23 +189,22 @@ class BlockedFunction(Function):
         x_hat = x_hat if b_dec is None else x_hat + b_dec
         x_frozen = x_hat.clone()
         totals: list[Tensor] = []
-        fired = torch.zeros(len(W_enc), dtype=torch.int64, device=x.device)
+        counts = torch.zeros(len(W_enc), dtype=torch.int64, device=x.device)
         for some in step.blocks():
-            share, frozen, sums, fired[some] = step.results(some)
+            share, frozen, sums, counts[some] = step.results(some)
             x_hat += share
             x_frozen = None if frozen is None else x_frozen.add_(frozen)
             totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
         ctx.save_for_backward(xc, W_enc, b_enc, W_dec, *latents)
         ctx.how = pairs, rounded, backend
         ctx.dtypes = x.dtype, *(None if t is None else t.dtype for t in (b_enc, pre_bias, b_dec))
-        n_active, fired = fired.sum(), fired > 0
-        ctx.mark_non_differentiable(n_active, fired)
+        ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
-        return n_active, fired, x_hat, x_frozen, *totals
+        return counts, x_hat, x_frozen, *totals
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _n_active, _fired, dx_hat, dfrozen, *dtotals):
+    def backward(ctx, _counts, dx_hat, dfrozen, *dtotals):
         xc, W_enc, b_enc, W_dec, *latents = ctx.saved_tensors
         need_x, need_W, need_b, need_pre, need_W_dec, need_b_dec, *_ = ctx.needs_input_grad[3:]
         pairs, rounded, backend = ctx.how
@@ -259,7 +256,7 @@ def blocked(
 
     backend is that of the sums.
     """
-    n_active, fired, x_hat, frozen, *totals = BlockedFunction.apply(
+    counts, x_hat, frozen, *totals = BlockedFunction.apply(
         pairs, precision, backend, x, W_enc, b_enc, pre_bias, W_dec, b_dec, *latents
     )
-    return Blocked(x_hat, frozen, tuple(totals), n_active, fired)
+    return Blocked(x_hat, frozen, tuple(totals), counts)

@@ -149,7 +149,8 @@ class Eval:
             print(json.dumps(figures))
         else:
             for name, value in figures.items():
-                print(f"{name:20} {value:9.4f}")
+                if isinstance(value, float):
+                    print(f"{name:20} {value:9.4f}")
 
 
 @dataclass(frozen=True)

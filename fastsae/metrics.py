@@ -140,6 +140,24 @@ def dead_share(firing_counts: Tensor) -> float:
     return int((firing_counts == 0).sum()) / len(firing_counts)
 
 
+def frequency_histogram(firing_counts: Tensor, n_tokens: int) -> dict[str, Any]:
+    """How many latents fire how often, of counts [d_sae] over N tokens.
+
+    "never": latents that do not; "latents": of the others, how many have a log10 of count / N in
+    each interval between two of "log10" (−6 to 0 by halves; below −6 with the lowest).
+    """
+    _check_counts(firing_counts)
+    if n_tokens < 1:
+        raise ValueError(f"expected n_tokens >= 1, got {n_tokens}")
+    counts = firing_counts.cpu().numpy().astype(np.int64)
+    edges = np.arange(-12, 1) / 2
+    # From the edges to counts, not back: the logarithm of an edge may be rounded to either side.
+    places = np.searchsorted(n_tokens * 10.0 ** edges[1:-1], counts[counts > 0], side="right")
+    latents = np.bincount(places, minlength=len(edges) - 1)
+    never = int((counts == 0).sum())
+    return {"never": never, "log10": edges.tolist(), "latents": latents.tolist()}
+
+
 def l0(firing_counts: Tensor, n_tokens: int) -> float:
     """Mean number of active latents per token, Σ_i count_i / N, of counts [d_sae] over N tokens."""
     _check_counts(firing_counts)

@@ -127,7 +127,7 @@ def final_figures(
     return figures
 
 
-def evaluate_run(run: Path, data: str | None, target: str | None) -> dict[str, float]:
+def evaluate_run(run: Path, data: str | None, target: str | None) -> dict[str, Any]:
     """Figures of a run's final SAE, or its newest checkpoint's, or any saved SAE.
 
     On all rows of data, or, where it is None, on the rows that the run held out. ValueError: there

@@ -139,8 +139,8 @@ class SAEOutput:
     codes), "auxk", "multi_topk" and those of the selection rule where they apply."""
     metrics: dict[str, Tensor]
     """"l0", the mean number of active latents a token, and in training "n_dead"."""
-    fired: Tensor
-    """(F) bool: the latents that are active in a token."""
+    firing_counts: Tensor
+    """(F) integers: in how many tokens each latent is active."""
     reconstruction: Tensor | None
     """x̂ in the input's leading shape, (…, D_out); None if not asked for."""
 
@@ -346,7 +346,7 @@ class SAE(nn.Module):
             xhat = selected.reconstruction.x_hat
             error = xhat - y
             sse, l0 = total(error.square(), backend=self.backend), selected.reconstruction.l0
-            fired = selected.reconstruction.fired
+            counts = selected.reconstruction.firing_counts
         else:
             parts = c.selection.parts(codes) if self.training else None
             if parts is None:
@@ -354,7 +354,7 @@ class SAE(nn.Module):
             else:
                 nested, sse, error = losses.nested_error(self._error, parts, self.b_dec, y)
                 xhat = error + y
-            l0, fired = (codes.vals.detach() != 0).sum() / n, self._fired(codes)
+            l0, counts = (codes.vals.detach() != 0).sum() / n, self._firing_counts(codes)
         terms = {"mse": sse / elements}
         loss = terms["mse"]
         if nested is not None:
@@ -366,7 +366,7 @@ class SAE(nn.Module):
         metrics = {"l0": l0}
         if self.training:
             finite = loss.detach().isfinite()
-            is_dead = self._count_fired(fired, len(tokens), finite)
+            is_dead = self._count_fired(counts > 0, len(tokens), finite)
             metrics["n_dead"] = is_dead.sum()
             if c.auxk_coef:  # waits for a GPU: how many are dead decides shapes
                 dead = is_dead
@@ -386,7 +386,7 @@ class SAE(nn.Module):
                 xhat = xhat + skipped
             xhat = (xhat / self._out_scale).to(x.dtype)
             reconstruction = xhat.reshape(*x.shape[:-1], self.b_dec.numel())
-        return SAEOutput(codes, loss, terms, metrics, fired, reconstruction)
+        return SAEOutput(codes, loss, terms, metrics, counts, reconstruction)
 
     def _multi_topk(self, call: Call) -> Selected | None:
         """The codes with 4k latents a token, where the Multi-TopK loss wants them."""
@@ -417,11 +417,11 @@ class SAE(nn.Module):
         )
 
     @torch.no_grad()
-    def _fired(self, codes: Codes) -> Tensor:
+    def _firing_counts(self, codes: Codes) -> Tensor:
         nowhere = self.config.d_sae
-        fired = torch.zeros(nowhere + 1, dtype=torch.bool, device=codes.device)
-        fired.index_fill_(0, codes.idx.where(codes.vals != 0, nowhere).reshape(-1).long(), True)
-        return fired[:-1]
+        latents = codes.idx.where(codes.vals != 0, nowhere).reshape(-1).long()
+        counts = torch.zeros(nowhere + 1, dtype=torch.int32, device=codes.device)
+        return counts.index_add_(0, latents, counts.new_ones(()).expand(len(latents)))[:-1]
 
     @torch.no_grad()
     def _observe(self, call: Call, selected: Selected, finite: Tensor) -> None:

@@ -344,7 +344,7 @@ class Trainer:
         """Within it the SAE has the averaged weights, where the settings ask for an average."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
-    def evaluate(self, source: Source) -> dict[str, float]:
+    def evaluate(self, source: Source) -> dict[str, Any]:
         """`evaluate` of the (averaged) weights."""
         with self.averaged():
             return evaluate(self.sae, source)
@@ -447,8 +447,8 @@ def _check_widths(sae: SAE, source: Source | IterableSource) -> None:
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, float]:
-    """One pass over a source: fvu, explained_variance, l0 and dead_share.
+def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, Any]:
+    """One pass over a source: fvu, explained_variance, l0, dead_share and firing_frequency.
 
     fvu = Σ‖e‖² / Σ‖y - ȳ‖² over all rows (y = x, or a transcoder's target), explained_variance = 1
     - fvu, l0 the mean number of active latents a row, dead_share the share of latents that no row
@@ -461,17 +461,17 @@ def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, floa
     rule = sae.config.selection
     two_forms = rule.has_inference_form and not (rule.needs_gradient and source.gradient is None)
     fvu, training_fvu = metrics.FVU(), metrics.FVU()
-    fired = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=sae.W_dec.device)
+    counts = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=sae.W_dec.device)
     active = training_active = 0.0
     try:
         for batch in in_order(source, batch_size):
-            x, target, gradient = (None if t is None else t.to(fired.device) for t in batch)
+            x, target, gradient = (None if t is None else t.to(counts.device) for t in batch)
             assert x is not None
             y = x if target is None else target
             output = sae.losses(x, target, reconstruct=True)
             assert output.reconstruction is not None
             fvu.update(y, output.reconstruction)
-            fired |= output.fired
+            counts += output.firing_counts
             active += float(output.metrics["l0"]) * len(x)
             if two_forms:
                 codes = sae.encode(x, gradient, training=True)
@@ -483,7 +483,8 @@ def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, floa
         "fvu": fvu.value,
         "explained_variance": fvu.explained_variance,
         "l0": active / source.n_rows,
-        "dead_share": metrics.dead_share(fired.int()),
+        "dead_share": metrics.dead_share(counts),
+        "firing_frequency": metrics.frequency_histogram(counts, source.n_rows),
     }
     if two_forms:
         figures["training_fvu"] = training_fvu.value

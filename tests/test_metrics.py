@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastsae.data import in_order, open_source, split
-from fastsae.metrics import FVU, dead_share, fvu, l0, pca_fvu
+from fastsae.metrics import FVU, dead_share, frequency_histogram, fvu, l0, pca_fvu
 
 
 def rows(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -177,6 +177,23 @@ def test_dead_share_and_l0_by_hand() -> None:
     counts = torch.tensor([0, 3, 0, 1, 6], dtype=torch.int32)
     assert dead_share(counts) == 0.4
     assert l0(counts, 4) == 2.5
+
+
+def test_frequency_histogram_by_hand() -> None:
+    # Of 10,000,000 tokens: below 10⁻⁶, at it, just below and at 10⁻³, at 10⁻⁰·⁵ and always.
+    counts = torch.tensor([0, 0, 3, 10, 9_999, 10_000, 3_162_277, 3_162_278, 10_000_000])
+    found = frequency_histogram(counts, 10_000_000)
+    assert found["never"] == 2
+    assert found["log10"] == [-6 + 0.5 * i for i in range(13)]
+    assert found["latents"] == [2, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 2]
+    rng = np.random.default_rng(0)
+    counts = torch.from_numpy(rng.integers(0, 5000, 3000))
+    found = frequency_histogram(counts, 5000)
+    logs = np.log10(counts[counts > 0].numpy() / 5000)
+    expected, _ = np.histogram(logs, found["log10"])
+    assert found["latents"] == expected.tolist() and found["never"] + expected.sum() == 3000
+    with pytest.raises(ValueError, match="expected n_tokens >= 1, got 0"):
+        frequency_histogram(counts, 0)
 
 
 def test_l0_does_not_overflow() -> None:

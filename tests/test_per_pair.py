@@ -151,7 +151,7 @@ def ours(rule: Selection, call: Call) -> tuple[Tensor, Tensor, dict[str, tuple[A
         found = selected.reconstruction
         assert found is not None
         z, _, _ = published(rule, call)
-        assert torch.equal(found.fired, (z != 0).any(0))
+        assert torch.equal(found.firing_counts, (z != 0).sum(0))
         torch.testing.assert_close(float(found.l0), float((z != 0).sum() / n))
         return z, found.x_hat, selected.terms
     selected.codes.validate()
@@ -394,7 +394,7 @@ def test_the_pre_activation_loss_brings_dead_latents_back():
             optimizer.zero_grad()
             sae.losses(x).loss.backward()
             optimizer.step()
-        found.append(int(sae.eval().losses(x).fired[:8].sum()))
+        found.append(int(sae.eval().losses(x).firing_counts[:8].count_nonzero()))
     assert found[0] == 0 and found[1] > 4
 
 

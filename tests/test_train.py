@@ -26,7 +26,7 @@ from test_sae import (
 )
 from torch import Tensor
 
-from fastsae import SAE, SAEConfig, TopK, cpu, ops
+from fastsae import SAE, SAEConfig, TopK, cpu, metrics, ops
 from fastsae.data import Batches, Source, in_order, load_sample, open_source, split
 from fastsae.sae import SAEOutput
 from fastsae.timing import product_seconds
@@ -483,7 +483,7 @@ def test_ema_is_the_average_of_all_steps(tmp_path: Path, norm: str, dtype: str) 
     for name, p in saved.named_parameters():
         low = dtype == "bfloat16"
         assert relative_error(p, expected[name]) < (2**-8 if low else 1e-6), name
-        assert not torch.equal(p, sae.get_parameter(name)), name  # the SAE goes on with its own
+    assert not torch.equal(saved.W_dec, sae.W_dec)  # the SAE goes on with its own weights
     last = log_lines(tmp_path)[-1]
     assert last["step"] == 12
     assert last["eval"]["fvu"] == pytest.approx(evaluate(saved, data)["fvu"], rel=1e-6)
@@ -681,7 +681,10 @@ def test_evaluate_is_a_direct_computation(backend: str) -> None:
     out = dense(sae.eval(), parameters(sae), x)
     e, centred = x - out["reconstruction"], x - x.mean(0)
     got = evaluate(sae, data)
-    assert set(got) == {"fvu", "explained_variance", "l0", "dead_share"}
+    figures = {"fvu", "explained_variance", "l0", "dead_share", "firing_frequency"}
+    assert set(got) == figures
+    histogram = metrics.frequency_histogram(out["mask"].sum(0), 333)
+    assert got["firing_frequency"] == histogram
     expected = float(e.detach().square().sum() / centred.square().sum())
     assert got["fvu"] == pytest.approx(expected, rel=1e-5)
     assert got["explained_variance"] == 1 - got["fvu"]
@@ -699,7 +702,8 @@ def test_evaluate_does_not_depend_on_the_batch_size(d_out: int | None) -> None:
         got = evaluate(sae, data, batch_size)
         assert got["fvu"] == pytest.approx(expected.pop("fvu", got["fvu"]), rel=1e-6)
         expected["fvu"] = got["fvu"]
-        assert got["l0"] == expected["l0"] and got["dead_share"] == expected["dead_share"]
+        for name in ("l0", "dead_share", "firing_frequency"):
+            assert got[name] == expected[name]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -85,8 +85,8 @@ class Reconstruction(NamedTuple):
     """(N, D_out), with b_dec."""
     l0: Tensor
     """0-d: the mean number of active latents a token."""
-    fired: Tensor
-    """(F) bool."""
+    firing_counts: Tensor
+    """(F) integers: in how many tokens each latent is active."""
 
 
 class Selected(NamedTuple):

@@ -142,8 +142,8 @@ class PerPair:
             error = found.frozen - call.target.detach()
             sse = total(error * error, backend=call.backend)
             terms["frozen_mse"] = (1.0, sse / max(call.target.numel(), 1))
-        l0 = found.n_active / max(len(call.x), 1)
-        return Selected(None, terms, Reconstruction(found.x_hat, l0, found.fired))
+        l0 = found.firing_counts.sum() / max(len(call.x), 1)
+        return Selected(None, terms, Reconstruction(found.x_hat, l0, found.firing_counts))
 
     def _terms(self, call: Call, totals: list[Tensor]) -> Terms:
         return self.terms(call, [t / max(len(call.x), 1) for t in totals])
