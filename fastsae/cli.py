@@ -19,7 +19,8 @@ import tyro
 import fastsae
 from fastsae import SAEConfig, TopK, cpu, ops, runs
 from fastsae.data import open_source, split
-from fastsae.harvest import HarvestConfig, harvest, load_model
+from fastsae.harvest import HarvestConfig, harvest
+from fastsae.models import load_model
 from fastsae.options import as_arguments, read_options, rule_from, selection_parameters, typed
 from fastsae.train import TrainConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -65,6 +66,15 @@ def json_object(name: str, text: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def will_need(mapped: mmap.mmap, first: int, row_bytes: int, rows: list[int]) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from bench import corpus
 from fastsae import cli
 from fastsae.data import open_source, permutation
-from fastsae.harvest import PINNED, HarvestConfig, LanguageModel, find_module, harvest, load_model
+from fastsae.harvest import HarvestConfig, harvest
+from fastsae.models import PINNED, LanguageModel, find_module, load_model
 from fastsae.shards import ActivationSet
 
 ROOT = Path(__file__).resolve().parent.parent
