@@ -36,6 +36,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsae.contexts import Contexts, sample_contexts, set_contexts
 from fastsae.files import will_need
 from fastsae.shards import ActivationSet
 
@@ -92,6 +93,7 @@ class Source:
     target: Source | None = None
     gradient: Source | None = None  # of width d_in
     will_need: Callable[[RowIndex], None] | None = None
+    contexts: Contexts | None = None  # the text around rows of the underlying data
 
     @property
     def d_out(self) -> int:
@@ -140,6 +142,12 @@ class Source:
         gradient = None if self.gradient is None else self.gradient.select(index)
         return replace(self, n_rows=len(numbers), index=numbers, target=target, gradient=gradient)
 
+    def token_ids(self, index: npt.NDArray[np.integer[Any]], reach: int) -> RowIndex:
+        """Ids of the tokens around rows ``index`` [m], of ``contexts``: int64 [m, 2·reach + 1]."""
+        if self.contexts is None:
+            raise ValueError(f"{self.name}: expected data with tokens, got none")
+        return self.contexts.ids(self._numbers(index), reach)
+
     def _numbers(self, index: npt.NDArray[np.integer[Any]]) -> RowIndex:
         """Numbers in the underlying data of rows ``index``, which is checked."""
         if index.ndim != 1 or index.dtype.kind not in "iu":
@@ -184,7 +192,9 @@ def open_source(
     elif isinstance(spec, Tensor):
         source = _tensor_source(spec, "tensor")
     elif isinstance(spec, str) and spec.startswith("sample:"):
-        source = _tensor_source(load_sample(spec.removeprefix("sample:")).x, spec)
+        sample = load_sample(spec.removeprefix("sample:"))
+        contexts = sample_contexts(sample.ctx, _SAMPLE_DIR / f"{sample.name}.vocab.json")
+        source = replace(_tensor_source(sample.x, spec), contexts=contexts)
     elif isinstance(spec, str | os.PathLike):
         path = Path(spec)
         source = _set_source(path, gradients) if os.path.isdir(path) else _npy_source(path)
@@ -308,10 +318,10 @@ def _set_source(path: Path, gradients: bool) -> Source:
             will_need=lambda numbers: stored.will_need(tensor, numbers),
         )
 
+    x = replace(source(str(path), "x"), contexts=set_contexts(stored))
     if not (gradients and stored.index["gradients"]):
-        return source(str(path), "x")
-    gradient = source(f"{path}: gradient", "gradient")
-    return replace(source(str(path), "x"), gradient=gradient)
+        return x
+    return replace(x, gradient=source(f"{path}: gradient", "gradient"))
 
 
 def _npy_source(path: Path) -> Source:
