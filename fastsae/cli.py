@@ -1,4 +1,4 @@
-"""The command line: ``fastsae demo | train | eval | harvest | info``."""
+"""The command line: ``fastsae demo | train | eval | report | harvest | info``."""
 
 from __future__ import annotations
 
@@ -155,6 +155,19 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Write a run's report.html again: curves, histograms and what latents respond to."""
+
+    run_directory: tyro.conf.Positional[Path]
+    """What train wrote; of an unfinished run the newest checkpoint is taken."""
+    data: str | None = None
+    """Activations to look at, as for train; None: the run's, those held out first."""
+
+    def run(self) -> None:
+        print(runs.report_run(self.run_directory, self.data))
+
+
+@dataclass(frozen=True)
 class Harvest:
     """Store a Hugging Face model's activations over text, to train on; goes on where it stopped."""
 
@@ -247,6 +260,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Harvest, tyro.conf.subcommand("harvest")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
@@ -294,7 +308,7 @@ def main(args: list[str] | None = None) -> None:
             args = ["train", *rest]
         elif any(argument.startswith("--selection.") for argument in args):
             raise ValueError("--selection.PARAM: expected with train only")
-        command: Demo | Train | Eval | Harvest | Info = tyro.cli(
+        command: Demo | Train | Eval | Report | Harvest | Info = tyro.cli(
             Command,
             prog="fastsae",
             description="Sparse autoencoders that do only the work that is there.",

@@ -5,8 +5,9 @@
     step-N/, latest                checkpoints (`fastsae.checkpoint`)
     config.json, sae.safetensors   the SAE at the end
     metrics.json                   its figures
+    report.html                    curves, histograms, what latents respond to (`fastsae.report`)
 
-The last two lines appear when the training is finished.
+The last three lines appear when the training is finished.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import numpy as np
 from fastsae import checkpoint, metrics
 from fastsae.data import Source, in_order, open_source, split
 from fastsae.files import appear, read_json, write_json
+from fastsae.report import write_report
 from fastsae.sae import SAE, SAEConfig
 from fastsae.selection import Selection
 from fastsae.timing import product_seconds
 from fastsae.train import TrainConfig, Trainer, evaluate
 
-FILES = ("run.json", "config.json", "sae.safetensors", "log.jsonl", "metrics.json")
+FILES = ("run.json", "config.json", "sae.safetensors", "log.jsonl", "metrics.json", "report.html")
 FIGURE_ROWS = 1 << 20
 """Training rows, at most, that the dead share and PCA are computed on: evenly spaced ones."""
 
@@ -101,7 +103,8 @@ def train(
     with trainer.averaged():
         seconds = figures["train_seconds"]
         figures |= final_figures(trainer.sae, rows, holdout, settings, seconds)
-    appear(out / "metrics.json", lambda partial: write_json(partial, figures))
+        appear(out / "metrics.json", lambda partial: write_json(partial, figures))
+        write_report(out, trainer.sae, holdout, rows)
     return figures
 
 
@@ -133,20 +136,40 @@ def evaluate_run(run: Path, data: str | None, target: str | None) -> dict[str, A
     On all rows of data, or, where it is None, on the rows that the run held out. ValueError: there
     is none, or the data do not fit.
     """
-    folder = run
-    if not (run / "sae.safetensors").exists():
-        folder = checkpoint.latest(run) or run
-    sae = SAE.load(folder)
+    sae = _sae_of(run)
     gradients = sae.config.selection.needs_gradient
     if data is not None:
         rows = open_source(data, target, gradients=gradients)
     else:
-        options = options_of(run)
-        whole = open_source(options["data"], options["target"], gradients=gradients)
-        rows = split(whole, options["holdout"])[1]
+        rows = _split_of(run, gradients)[1]
         if not rows.n_rows:
             raise ValueError(f"{run}: expected data, as the run held no rows out")
     return evaluate(sae, rows)
+
+
+def report_run(run: Path, data: str | None) -> Path:
+    """Writes the report of a run's final SAE, or its newest checkpoint's, and returns its path.
+
+    Latents are measured on rows of data, or, where it is None, on those that the run held out and
+    then on those that it trained on. ValueError: as `evaluate_run`.
+    """
+    sae = _sae_of(run)
+    if data is not None:
+        return write_report(run, sae, open_source(data))
+    rows, holdout = _split_of(run, gradients=False)
+    return write_report(run, sae, holdout, rows)
+
+
+def _sae_of(run: Path) -> SAE:
+    if (run / "sae.safetensors").exists():
+        return SAE.load(run)
+    return SAE.load(checkpoint.latest(run) or run)
+
+
+def _split_of(run: Path, gradients: bool) -> tuple[Source, Source]:
+    options = options_of(run)
+    whole = open_source(options["data"], options["target"], gradients=gradients)
+    return split(whole, options["holdout"])
 
 
 def print_figures(figures: dict[str, Any], out: Path) -> None:
@@ -162,6 +185,7 @@ def print_figures(figures: dict[str, Any], out: Path) -> None:
         if key in figures:
             print(f"{label:20} {form.format(figures[key]):>9}  {remark.format(**figures)}")
     print(f"{'run directory':20} {out}")
+    print(f"{'report':20} {out / 'report.html'}")
 
 
 def _l0_of(rule: Selection) -> float:

@@ -1,0 +1,35 @@
+"""``report.html``: what a run did and what its latents respond to, in one file.
+
+    log.jsonl, metrics.json, run.json ──history──┐
+    SAE, rows of activations ────────portrait────┴─▶ page (charts) ─▶ RUN/report.html
+
+The file holds its style, script and pictures, and sends no request. Its size is bounded: curves are
+thinned, a few latents are shown up close, texts are cut. The same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastsae.data import Source
+from fastsae.files import appear, write_text
+from fastsae.report.history import read_history
+from fastsae.report.page import document
+from fastsae.report.portrait import portray
+from fastsae.sae import SAE
+
+
+def write_report(run: str | Path, sae: SAE, source: Source, train: Source | None = None) -> Path:
+    """Writes RUN/report.html, whole or not at all, and returns its path.
+
+    Latents are measured on rows of `source`, best those held out from training, then on rows of
+    `train`: on at most `fastsae.report.portrait.MAX_ROWS` in all. What the run's log and figures
+    lack, the report lacks. ValueError: no rows, rows of another width, an unreadable metrics.json.
+    """
+    run = Path(run)
+    sources = (source,) if train is None else (source, train)
+    portrait = portray(sae, sources)
+    name = run.resolve().name
+    text = document(name, sae.config, source.name, read_history(run), portrait)
+    appear(run / "report.html", lambda partial: write_text(partial, text))
+    return run / "report.html"
