@@ -18,11 +18,12 @@ SANITIZED = cd $(SANITIZE) && PYTHONPATH=$(CURDIR)/$(SANITIZE)/package \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" $(abspath $(BIN))/python
 
 .NOTPARALLEL:
-.PHONY: help demo test sanitize neon peers activations lint lint-python lint-types lint-cpp format clean
+.PHONY: help demo test test-report sanitize neon peers activations lint lint-python lint-types lint-cpp format clean
 
 help:
 	@echo "make demo      train a sparse autoencoder on the sample data and print its figures"
 	@echo "make test      run the tests"
+	@echo "make test-report  look at the report in a browser (Debian or Ubuntu: chromium)"
 	@echo "make sanitize  run the tests of the C++ kernels under ASan and UBSan (Linux, gcc)"
 	@echo "make neon      compare the bits of the C++ kernels with those on an emulated ARM"
 	@echo "make peers     install the libraries that bench/step.py compares with"
@@ -36,6 +37,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+# Leaves pictures of what it looked at in build/report/.
+test-report: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests/browser_report.py
 
 # A second build, of a copy of the sources, so that the first one and its objects stay as they are.
 # It runs in a folder without ./fastsae, where the tests' child processes import it too. Pytest
