@@ -9,6 +9,9 @@
 `data` the activation sources, `metrics` what is reported.
 """
 
+from __future__ import annotations
+
+import os
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
@@ -22,7 +25,15 @@ try:
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "unknown"
 
-__all__ = ["SAE", "Codes", "SAEConfig", "SAEOutput", "Selection", "TopK", "__version__"]
+__all__ = ["SAE", "Codes", "SAEConfig", "SAEOutput", "Selection", "TopK", "__version__", "load"]
+
+
+def load(path: str | os.PathLike[str]) -> SAE:
+    """The SAE in a file or folder of any format that `fastsae.formats` reads, on the CPU."""
+    from fastsae import formats
+
+    return formats.read(os.fspath(path))
+
 
 if not cpu.available():
     warnings.warn(

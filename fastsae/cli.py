@@ -1,4 +1,4 @@
-"""The command line: ``fastsae demo | train | eval | harvest | info``."""
+"""The command line: ``fastsae demo | train | eval | harvest | convert | info``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import tyro
 
 import fastsae
-from fastsae import SAEConfig, TopK, cpu, ops, runs
+from fastsae import SAEConfig, TopK, cpu, formats, ops, runs
 from fastsae.data import open_source, split
 from fastsae.harvest import HarvestConfig, harvest, load_model
 from fastsae.options import as_arguments, read_options, rule_from, selection_parameters, typed
@@ -176,6 +176,31 @@ class Harvest:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Write an SAE in another library's format."""
+
+    src: tyro.conf.Positional[Path]
+    """File or folder to read."""
+    dst: tyro.conf.Positional[Path]
+    """Folder to write; there must be nothing in it."""
+    source: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Format of SRC, guessed from its files if not given: fastsae, sae_lens, dictionary_learning,
+    sparsify, llamascopium, llama_scope, gemma_scope, gemma_scope_2, openai."""
+    target: Annotated[str, tyro.conf.arg(name="to")] = "fastsae"
+    """Format of DST: fastsae, sae_lens, dictionary_learning, sparsify."""
+    normalized: bool = False
+    """Read the SAE of a file that wants each token normalised: its inputs will be, already."""
+
+    def run(self) -> None:
+        source = self.source or formats.guess(self.src)
+        sae = formats.read(self.src, source, normalized=self.normalized)
+        formats.write(sae, self.dst, self.target)
+        c = sae.config
+        print(f"{self.src} ({source}) → {self.dst} ({self.target})")
+        print(f"{c.selection}, D {c.d_in}, F {c.d_sae}, {c.dtype}")
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions and which backends work here."""
 
@@ -246,6 +271,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Harvest, tyro.conf.subcommand("harvest")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -292,7 +318,7 @@ def main(args: list[str] | None = None) -> None:
             args = ["train", *rest]
         elif any(argument.startswith("--selection.") for argument in args):
             raise ValueError("--selection.PARAM: expected with train only")
-        command: Demo | Train | Eval | Harvest | Info = tyro.cli(
+        command: Demo | Train | Eval | Harvest | Convert | Info = tyro.cli(
             Command,
             prog="fastsae",
             description="Sparse autoencoders that do only the work that is there.",
