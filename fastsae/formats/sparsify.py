@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsae.files import read_json, write_json
@@ -78,7 +79,10 @@ def write(sae: SAE, folder: Path) -> None:
     }
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip
-    write_tensors(folder / WEIGHTS, tensors)
+    dtype = tensors["encoder.weight"].dtype  # it loads all in the dtype of the first
+    for t in tensors.values():
+        dtype = torch.promote_types(dtype, t.dtype)
+    write_tensors(folder / WEIGHTS, {name: t.to(dtype) for name, t in tensors.items()})
     cfg = {
         "activation": "topk" if isinstance(rule, TopK) else "groupmax",
         "expansion_factor": max(1, c.d_sae // c.d_in),

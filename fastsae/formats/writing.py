@@ -14,18 +14,24 @@ from fastsae.selection import GradientTopK, JumpReLU, Selection, TemporalMask, T
 
 @torch.no_grad()
 def unscaled(sae: SAE) -> SAE:
-    """The SAE in evaluation mode with its scales folded in, sharing the matrices that stay as they
-    are: both of an autoencoder."""
-    new = _sharing(sae, own=("b_enc", "b_dec"))
-    if sae.config.is_transcoder and bool(sae.input_scale != sae.output_scale):
-        for name in ("W_enc", "W_skip"):
-            _copy_parameter(new, name)
-    return new.fold_scale_()
+    """The SAE in evaluation mode with its scales folded in, in float32 at least where they are.
+
+    It shares the parameters that stay as they are, such as both matrices of an autoencoder.
+    """
+    own: tuple[str, ...] = ()
+    if bool(sae._out_scale != 1):
+        own += ("b_enc", "b_dec")
+    if bool(sae.input_scale != sae._out_scale):
+        own += ("W_enc", "W_skip")
+    return _sharing(sae, own).fold_scale_()
 
 
 @torch.no_grad()
 def with_unit_rows(sae: SAE) -> SAE:
-    """A copy whose decoder rows have norm 1; ValueError where that would change the selection."""
+    """A copy, in float32 at least, whose decoder rows have norm 1.
+
+    ValueError where that would change the selection.
+    """
     return _sharing(sae, own=("W_enc", "b_enc", "W_dec")).fold_decoder_norm_()
 
 
@@ -78,11 +84,8 @@ def _sharing(sae: SAE, own: tuple[str, ...]) -> SAE:
         setattr(new, name, b.clone())
     new.selection_state = copy.deepcopy(sae.selection_state)
     for name in own:
-        _copy_parameter(new, name)
+        p = getattr(new, name)
+        if p is not None:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            setattr(new, name, nn.Parameter(p.detach().to(wide, copy=True)))
     return new.eval()
-
-
-def _copy_parameter(sae: SAE, name: str) -> None:
-    p = getattr(sae, name)
-    if p is not None:
-        setattr(sae, name, nn.Parameter(p.detach().clone()))
