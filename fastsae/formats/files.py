@@ -93,8 +93,9 @@ def need_tensor(tensors: dict[str, Any], name: str) -> Tensor:
     """A tensor of a state dict; ValueError where there is none of that name."""
     t = tensors.get(name)
     if not isinstance(t, Tensor):
-        known = ", ".join(map(str, list(tensors)[:12]))
-        raise ValueError(f"{name}: expected a tensor, got {type(t).__name__} (there are {known})")
+        found = "none" if t is None else type(t).__name__
+        known = ", ".join(str(key)[:60] for key in list(tensors)[:12])
+        raise ValueError(f"{name}: expected a tensor, got {found}; there are {known}")
     return t
 
 
