@@ -5,12 +5,15 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from formats_cases import RULES, D, F, K, assert_same, example, reconstruction, tokens
 from sae_lens import SAE as TheirSAE
 from sae_lens import registry
+from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+from safetensors.torch import load_file, save_file
 
 import fastsae
 from fastsae import formats
@@ -199,3 +202,77 @@ def test_their_hub_loader_reads_ours(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_same(theirs(x), reconstruction(sae, x))
     low = TheirSAE.from_pretrained("someone/saes", "layer_3", converter=load, dtype="bfloat16")
     assert low.W_enc.dtype == torch.bfloat16
+
+
+# ---- files of others that they read too ----
+
+
+@torch.no_grad()
+def through(loader: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **repo: str) -> TheirSAE:
+    """What their loader makes of a folder, as if it came from the hub."""
+
+    def download(repo_id: str, filename: str, subfolder: str = "", **_: object) -> str:
+        return str(folder / Path(subfolder, filename).relative_to(repo["folder_name"]))
+
+    def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
+        tensors = load_file(download(repo_id, filename))
+        return {name: list(t.shape) for name, t in tensors.items()}
+
+    monkeypatch.setattr(loaders, "hf_hub_download", download)
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", shapes)
+    load = loaders.NAMED_PRETRAINED_SAE_LOADERS[loader]
+    cfg, state, _ = load(**repo, device="cpu", cfg_overrides={"dtype": "float32"})
+    cfg |= {"d_in": state["W_enc"].shape[0], "d_sae": state["W_enc"].shape[1]}
+    make, config = registry.get_sae_class(cfg["architecture"])
+    theirs = make(config.from_dict(loaders.handle_config_defaulting(cfg)))
+    theirs.load_state_dict(state)
+    return theirs
+
+
+def gemma_weights(d_out: int = D) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"w_enc": (D, F), "w_dec": (F, d_out), "b_enc": (F,), "b_dec": (d_out,)}
+    found = {name: 0.3 * torch.randn(s, generator=generator) for name, s in shapes.items()}
+    return {**found, "threshold": 0.3 * torch.rand(F, generator=generator)}
+
+
+def test_gemma_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {name.replace("w_", "W_"): t.numpy() for name, t in gemma_weights().items()}
+    np.savez(tmp_path / "params.npz", **arrays)
+    where = {"repo_id": "google/gemma-scope-2b-pt-res", "folder_name": "layer_3/width_16k/l0_9"}
+    theirs, x = through("gemma_2", tmp_path, monkeypatch, **where), tokens()
+    assert_same(reconstruction(fastsae.load(tmp_path), x), theirs(x))
+
+
+@pytest.mark.parametrize("kind", ["resid_post", "transcoder_affine"])
+def test_gemma_scope_2(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"architecture": "jump_relu", "model_name": "gemma-3-1b-pt"}
+    config |= {"hf_hook_point_in": "model.layers.3.output"}
+    tensors = gemma_weights()
+    if kind == "transcoder_affine":
+        config |= {"hf_hook_point_out": "model.layers.3.mlp.output", "affine_connection": True}
+        tensors = {**gemma_weights(7), "affine_skip_connection": 0.3 * torch.ones(D, 7).cumsum(1)}
+    save_file(tensors, tmp_path / "params.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    where = {"repo_id": "google/gemma-scope-2-1b-pt", "folder_name": f"{kind}/layer_3_width_16k"}
+    theirs, x = through("gemma_3", tmp_path, monkeypatch, **where), tokens()
+    assert_same(reconstruction(fastsae.load(tmp_path), x), theirs(x))
+
+
+def test_llama_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With decoder rows of norm 1, which their loader takes for granted."""
+    w = gemma_weights()
+    rows = w["w_dec"] / w["w_dec"].norm(dim=1, keepdim=True)
+    tensors = {"encoder.weight": w["w_enc"].T, "decoder.weight": rows.T}
+    tensors |= {"encoder.bias": w["b_enc"], "decoder.bias": w["b_dec"]}
+    (tmp_path / "checkpoints").mkdir()
+    contiguous = {name: t.contiguous() for name, t in tensors.items()}
+    save_file(contiguous, tmp_path / "checkpoints" / "final.safetensors")
+    config = {"d_model": D, "d_sae": F, "act_fn": "jumprelu", "jump_relu_threshold": 0.2}
+    config |= {"hook_point_in": "blocks.0.hook_resid_post", "norm_activation": "dataset-wise"}
+    config |= {"dataset_average_activation_norm": {"in": 2.5, "out": 2.5}}
+    (tmp_path / "hyperparams.json").write_text(json.dumps(config))
+    theirs = through("llama_scope", tmp_path, monkeypatch, repo_id="fnlp/x", folder_name="L0R")
+    theirs.fold_activation_norm_scaling_factor(D**0.5 / 2.5)  # as their from_pretrained does
+    x = tokens()
+    assert_same(reconstruction(fastsae.load(tmp_path), x), theirs(x))
