@@ -35,6 +35,7 @@ from format_files import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import fastsae
 from fastsae import SAE, SAEConfig, TopK, formats
@@ -79,7 +80,7 @@ def test_damaged_files(format: str, tmp_path: Path) -> None:
     @FIXED
     @given(
         which=st.sampled_from(files),
-        how=st.sampled_from(["cut", "flip", "header", "insert", "empty"]),
+        how=st.sampled_from(["cut", "flip", "header", "insert", "empty", "ones"]),
         at=st.floats(0, 1, exclude_max=True),
         data=st.binary(min_size=1, max_size=12),
     )
@@ -95,6 +96,7 @@ def test_damaged_files(format: str, tmp_path: Path) -> None:
             "header": good[:place] + data + good[place + len(data) :],
             "insert": good[:place] + data + good[place:],
             "empty": b"",
+            "ones": good[: place & ~7] + b"\xff" * 8 + good[(place & ~7) + 8 :],  # a NaN
         }[how]
         file.write_bytes(bad)
         try:
@@ -190,8 +192,23 @@ def giant(shape: list[int], end: int) -> bytes:
     return json.dumps({"W_enc": entry}).encode()
 
 
-def pt(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: pickled(folder, "AutoEncoder", **{**LINEAR, "bias": B_DEC, **changes})
+def pt(name: str = "AutoEncoder", **changes: Any) -> Callable[[Path], None]:
+    return lambda folder: pickled(folder, name, **{**LINEAR, "bias": B_DEC, **changes})
+
+
+def native(**changes: torch.Tensor) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        ours(folder)
+        state = load_file(folder / "sae.safetensors")
+        save_file({**state, **changes}, folder / "sae.safetensors")
+
+    return write
+
+
+def scope_2(**changes: torch.Tensor) -> Callable[[Path], None]:
+    own = {name.lower(): t.clone() for name, t in (DIRECT | {"threshold": THETA}).items()}
+    own |= {name: t.clone() for name, t in changes.items()}
+    return lambda folder: save_file(own, folder / "params.safetensors")
 
 
 def npz(**changes: Any) -> Callable[[Path], None]:
@@ -258,6 +275,11 @@ REFUSED: list[tuple] = [
         edited(weights_of, "cfg.json", normalize_activations="layer_norm"),
         "normalize_activations: layer_norm of each token: no SAE here does that",
     ),
+    ("fastsae", native(b_dec=torch.full((D,), math.inf)), "b_dec: expected finite .*, got inf"),
+    ("fastsae", native(input_scale=torch.tensor(0.0)), "input_scale: expected a number above 0"),
+    ("gemma_scope_2", scope_2(w_enc=W_DEC[None]), r"w_enc: expected a matrix, got shape \(1, "),
+    ("gemma_scope_2", scope_2(affine_skip_connection=B_DEC), "affine_skip_.* expected a matrix"),
+    ("dictionary_learning", pt(k=2.5, name="AutoEncoderTopK", b_dec=B_DEC), "k: expected an int"),
     ("dictionary_learning", pt(**{"encoder.weight": HUGE}), "expected the bytes of shape"),
     ("dictionary_learning", pt(bias=torch.zeros(D).to_sparse()), "bias: expected a dense tensor"),
     ("dictionary_learning", pt(bias="b"), "bias: expected a tensor, got str"),
@@ -292,8 +314,12 @@ REFUSED: list[tuple] = [
     ),
     ("gemma_scope", npz(threshold=np.array(["a"] * F)), "expected .* bytes of floats, got <U1"),
     ("gemma_scope", npz(W_enc=np.array([{}] * F)), "expected .* bytes of floats, got object"),
-    ("gemma_scope", npz(threshold=with_nan(THETA).numpy()), "threshold: expected 20 numbers"),
-    ("gemma_scope", npz(threshold=THETA[:5].numpy()), "threshold: expected 20 numbers"),
+    (
+        "gemma_scope",
+        npz(threshold=with_nan(THETA).numpy()),
+        "threshold: expected finite .*, got nan",
+    ),
+    ("gemma_scope", npz(threshold=THETA[:5].numpy()), "threshold: expected 20 floats, got"),
     ("gemma_scope", giant_npz, "expected .* bytes of floats, got float64 of shape"),
     ("gemma_scope", bomb, "W_enc: expands to 16777216 bytes"),
     ("gemma_scope", climbing, "W_enc: expected a tensor, got none"),

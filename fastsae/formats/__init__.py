@@ -16,11 +16,11 @@ from pathlib import Path
 
 from fastsae.formats import (
     dictionary_learning,
-    fastsae,
     gemma_scope,
     gemma_scope_2,
     llama_scope,
     llamascopium,
+    native,
     openai,
     sae_lens,
     sparsify,
@@ -46,7 +46,7 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "fastsae": Format(fastsae.FILES, fastsae.matches, fastsae.read, fastsae.write),
+    "fastsae": Format(native.FILES, native.matches, native.read, native.write),
     "sae_lens": Format(sae_lens.FILES, sae_lens.matches, sae_lens.read, sae_lens.write),
     "dictionary_learning": Format(
         dictionary_learning.FILES,

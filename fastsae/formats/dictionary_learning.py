@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastsae.files import read_json, write_json
-from fastsae.formats.files import field, find, need, need_tensor, read_pickled, scalar
+from fastsae.formats.files import field, find, need, need_matrix, need_tensor, read_pickled, scalar
 from fastsae.formats.reading import build, check_sizes
 from fastsae.formats.writing import bias_of, cannot, form_of_inference, unscaled, with_unit_rows
 from fastsae.sae import SAE
@@ -60,9 +60,9 @@ def read(path: Path, normalized: bool) -> SAE:
     trainer = _trainer(file.parent)
     name = _class_name(trainer, state)
     if "W_enc" in state:
-        W_enc, W_dec = need_tensor(state, "W_enc").T, need_tensor(state, "W_dec")
+        W_enc, W_dec = need_matrix(state, "W_enc").T, need_matrix(state, "W_dec")
     else:
-        W_enc, W_dec = need_tensor(state, "encoder.weight"), need_tensor(state, "decoder.weight").T
+        W_enc, W_dec = need_matrix(state, "encoder.weight"), need_matrix(state, "decoder.weight").T
     sae = _READERS[name](state, trainer, W_enc, W_dec)
     check_sizes(trainer, sae, d_in="activation_dim", d_sae="dict_size")
     return sae
@@ -89,7 +89,10 @@ def _class_name(trainer: dict[str, Any], state: dict[str, Any]) -> str:
 
 
 def _k(state: dict[str, Any], trainer: dict[str, Any]) -> int:
-    return int(scalar(state["k"], "k")) if "k" in state else field(trainer, "k", int)
+    if "k" not in state:
+        return field(trainer, "k", int)
+    k = state["k"]
+    return field({"k": scalar(k, "k") if isinstance(k, Tensor) else k}, "k", int)
 
 
 def _threshold(state: dict[str, Any]) -> dict[str, Tensor]:

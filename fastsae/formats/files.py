@@ -99,6 +99,14 @@ def need_tensor(tensors: dict[str, Any], name: str) -> Tensor:
     return t
 
 
+def need_matrix(tensors: dict[str, Any], name: str) -> Tensor:
+    """A matrix of a state dict."""
+    t = need_tensor(tensors, name)
+    if t.ndim != 2:
+        raise ValueError(f"{name}: expected a matrix, got shape {tuple(t.shape)}")
+    return t
+
+
 def scalar(t: Tensor, name: str) -> int | float:
     """The finite number that a tensor of one element holds."""
     if t.numel() != 1:

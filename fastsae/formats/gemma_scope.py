@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastsae.formats.files import find, need, need_tensor, read_npz
+from fastsae.formats.files import find, need, need_matrix, need_tensor, read_npz
 from fastsae.formats.reading import build
 from fastsae.sae import SAE
 from fastsae.selection import JumpReLU
@@ -30,8 +30,8 @@ def read(path: Path, normalized: bool) -> SAE:
             arrays[name] = arrays[name.lower()]
     return build(
         JumpReLU(),
-        need_tensor(arrays, "W_enc").T,
-        need_tensor(arrays, "W_dec"),
+        need_matrix(arrays, "W_enc").T,
+        need_matrix(arrays, "W_dec"),
         b_enc=need_tensor(arrays, "b_enc"),
         b_dec=need_tensor(arrays, "b_dec"),
         centred=False,

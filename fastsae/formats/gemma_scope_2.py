@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastsae.files import read_json
-from fastsae.formats.files import field, find, folder_of, need, need_tensor
+from fastsae.formats.files import field, find, folder_of, need, need_matrix, need_tensor
 from fastsae.formats.reading import build
 from fastsae.sae import SAE
 from fastsae.selection import JumpReLU
@@ -33,8 +33,9 @@ def read(path: Path, normalized: bool) -> SAE:
     if architecture != "jump_relu":
         raise ValueError(f"architecture: expected jump_relu, got {architecture[:60]!r}")
     hook = field(cfg, "hf_hook_point_in", str, "")
-    skip = weights.get("affine_skip_connection")
-    W_enc, W_dec = need_tensor(weights, "w_enc"), need_tensor(weights, "w_dec")
+    skip_name = "affine_skip_connection"
+    skip = need_matrix(weights, skip_name) if skip_name in weights else None
+    W_enc, W_dec = need_matrix(weights, "w_enc"), need_matrix(weights, "w_dec")
     return build(
         JumpReLU(),
         W_enc.T,

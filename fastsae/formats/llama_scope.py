@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastsae.files import read_json
-from fastsae.formats.files import field, find, folder_of, need, need_tensor, positive
+from fastsae.formats.files import field, find, folder_of, need, need_matrix, need_tensor, positive
 from fastsae.formats.llamascopium import unweighted
 from fastsae.formats.reading import build, check_sizes, refuse_normalization, score_of
 from fastsae.sae import SAE
@@ -40,7 +40,7 @@ def read(path: Path, normalized: bool) -> SAE:
     weights = read_tensors(need(folder, *WEIGHTS))
     if field(cfg, "use_glu_encoder", bool, False):
         raise ValueError("use_glu_encoder: expected false, got true")
-    W_dec = need_tensor(weights, "decoder.weight").T
+    W_dec = need_matrix(weights, "decoder.weight").T
     scale_in, scale_out = _scales(cfg, normalized)
     rule = _rule(cfg)
     weighted = field(cfg, "sparsity_include_decoder_norm", bool, True)
@@ -52,7 +52,7 @@ def read(path: Path, normalized: bool) -> SAE:
     transcoder = field(cfg, "hook_point_out", str, hook) != hook
     sae = build(
         rule,
-        need_tensor(weights, "encoder.weight"),
+        need_matrix(weights, "encoder.weight"),
         W_dec,
         b_enc=need_tensor(weights, "encoder.bias"),
         b_dec=need_tensor(weights, "decoder.bias")

@@ -22,6 +22,7 @@ from fastsae.formats.files import (
     folder_of,
     has,
     need,
+    need_matrix,
     need_tensor,
     read_pickled,
     scalar,
@@ -56,7 +57,7 @@ def read(path: Path, normalized: bool) -> SAE:
     if field(cfg, "use_glu_encoder", bool, False):
         raise ValueError("use_glu_encoder: expected false, got true")
     weights = _weights(need(folder, *WEIGHTS))
-    W_enc, W_dec = need_tensor(weights, "W_E").T, need_tensor(weights, "W_D")
+    W_enc, W_dec = need_matrix(weights, "W_E").T, need_matrix(weights, "W_D")
     hooks = [field(cfg, f"hook_point_{end}", str) for end in ("in", "out")]
     scales = _scales(cfg, weights, hooks, normalized)
     selection, state = _rule(cfg, weights, W_dec)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastsae.formats.files import field, need_tensor, read_pickled
+from fastsae.formats.files import field, need_matrix, need_tensor, read_pickled
 from fastsae.formats.reading import build, refuse_normalization
 from fastsae.sae import SAE
 from fastsae.selection import ReLU, Selection, TopK
@@ -27,8 +27,8 @@ def read(path: Path, normalized: bool) -> SAE:
     state = read_pickled(path)
     return build(
         _rule(state, normalized),
-        need_tensor(state, "encoder.weight"),
-        need_tensor(state, "decoder.weight").T,
+        need_matrix(state, "encoder.weight"),
+        need_matrix(state, "decoder.weight").T,
         b_enc=need_tensor(state, "latent_bias"),
         b_dec=need_tensor(state, "pre_bias"),
     )

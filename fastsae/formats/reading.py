@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,9 +40,6 @@ def build(
     """
     given = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "W_skip": W_skip}
     tensors = {name: t for name, t in given.items() if t is not None}
-    for name in ("W_enc", "W_dec"):
-        if tensors[name].ndim != 2:
-            raise ValueError(f"{name}: expected a matrix, got shape {tuple(tensors[name].shape)}")
     d_sae, d_in = W_enc.shape
     d_out = W_dec.shape[1] if transcoder else d_in
     shapes = {
@@ -86,9 +84,10 @@ def build(
     sae.selection_state = State(selection.state(d_in, d_sae))
     own = sae.selection_state.state_dict()
     for name, t in (state or {}).items():
-        if not t.is_floating_point() or bool(t.isnan().any()) or t.shape not in ((), (d_sae,)):
+        if not t.is_floating_point() or t.shape not in ((), (d_sae,)):
             found = f"{t.dtype} of shape {tuple(t.shape)}"
-            raise ValueError(f"{name}: expected {d_sae} numbers, got {found} or a NaN")
+            raise ValueError(f"{name}: expected {d_sae} floats, got {found}")
+        check_numbers(name, t, infinities=name == "threshold")
         if name == "threshold":
             name, t = "log_threshold", log_thresholds(t, d_sae)
         own[name].copy_(t)
@@ -114,12 +113,17 @@ def _check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _owned(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy, which no file backs. ValueError for a NaN or an infinity."""
+    """A contiguous copy, which no file backs."""
     copy = torch.empty(t.shape, dtype=dtype).copy_(t)
-    for value in map(float, torch.aminmax(copy)) if copy.numel() else ():
-        if not abs(value) < float("inf"):
-            raise ValueError(f"{name}: expected finite numbers, got {value}")
+    check_numbers(name, copy)
     return copy
+
+
+def check_numbers(name: str, t: Tensor, infinities: bool = False) -> None:
+    """ValueError for a NaN or, unless they may be, an infinity."""
+    for value in map(float, torch.aminmax(t)) if t.numel() else ():
+        if math.isnan(value) or (math.isinf(value) and not infinities):
+            raise ValueError(f"{name}: expected finite numbers, got {value}")
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from fastsae.files import read_json, write_json
-from fastsae.formats.files import field, folder_of, has, need, need_tensor, positive, scalar
+from fastsae.formats.files import (
+    field,
+    folder_of,
+    has,
+    need,
+    need_matrix,
+    need_tensor,
+    positive,
+    scalar,
+)
 from fastsae.formats.reading import build, check_sizes, name_of, refuse_normalization, score_of
 from fastsae.formats.writing import bias_of, cannot, form_of_inference, unscaled
 from fastsae.sae import DTYPES, SAE
@@ -82,11 +91,11 @@ def read(path: Path, normalized: bool) -> SAE:
     weighted = field(cfg, "rescale_acts_by_decoder_norm", bool, False)
     sae = build(
         selection,
-        need_tensor(weights, "W_enc").T,
-        need_tensor(weights, "W_dec"),
+        need_matrix(weights, "W_enc").T,
+        need_matrix(weights, "W_dec"),
         b_enc=need_tensor(weights, "b_gate" if architecture == "gated" else "b_enc"),
         b_dec=need_tensor(weights, "b_dec"),
-        W_skip=need_tensor(weights, "W_skip") if "skip" in architecture else None,
+        W_skip=need_matrix(weights, "W_skip") if "skip" in architecture else None,
         transcoder=transcoder,
         centred=not transcoder and field(cfg, "apply_b_dec_to_input", bool, True),
         input_scale=_input_scale(cfg, folder, transcoder, normalized),

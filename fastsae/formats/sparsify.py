@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsae.files import read_json, write_json
-from fastsae.formats.files import field, folder_of, has, need, need_tensor
+from fastsae.formats.files import field, folder_of, has, need, need_matrix, need_tensor
 from fastsae.formats.reading import build, check_sizes
 from fastsae.formats.writing import bias_of, cannot, form_of_inference, unscaled, with_unit_rows
 from fastsae.sae import SAE
@@ -38,11 +38,11 @@ def read(path: Path, normalized: bool) -> SAE:
     skip, transcode = (field(cfg, name, bool, False) for name in ("skip_connection", "transcode"))
     sae = build(
         _rule(cfg),
-        need_tensor(weights, "encoder.weight"),
-        need_tensor(weights, "W_dec"),
+        need_matrix(weights, "encoder.weight"),
+        need_matrix(weights, "W_dec"),
         b_enc=need_tensor(weights, "encoder.bias"),
         b_dec=need_tensor(weights, "b_dec"),
-        W_skip=need_tensor(weights, "W_skip") if skip else None,
+        W_skip=need_matrix(weights, "W_skip") if skip else None,
         transcoder=transcode or skip,
         centred=not transcode,
     )
