@@ -4,6 +4,7 @@
     sae = SAE(SAEConfig(d_in=384, d_sae=3072, selection=TopK(32)))
     out = sae(x)                 # out.codes, out.reconstruction, out.loss
     sae.encode(x), sae.decode(codes)
+    sae = fastsae.load(path)     # also other libraries' files
 
 `ops` holds the differentiable operations, `reference` says what each computes, `train` the trainer,
 `data` the activation sources, `metrics` what is reported.

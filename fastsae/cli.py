@@ -183,11 +183,15 @@ class Convert:
     """File or folder to read."""
     dst: tyro.conf.Positional[Path]
     """Folder to write; there must be nothing in it."""
-    source: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Format of SRC, guessed from its files if not given: fastsae, sae_lens, dictionary_learning,
-    sparsify, llamascopium, llama_scope, gemma_scope, gemma_scope_2, openai."""
-    target: Annotated[str, tyro.conf.arg(name="to")] = "fastsae"
-    """Format of DST: fastsae, sae_lens, dictionary_learning, sparsify."""
+    source: Annotated[
+        str | None,
+        tyro.conf.arg(
+            name="from", help=f"Format of SRC, guessed if not given: {', '.join(formats.FORMATS)}."
+        ),
+    ] = None
+    target: Annotated[
+        str, tyro.conf.arg(name="to", help=f"Format of DST: {', '.join(formats.WRITABLE)}.")
+    ] = "fastsae"
     normalized: bool = False
     """Read the SAE of a file that wants each token normalised: its inputs will be, already."""
 

@@ -16,7 +16,7 @@ from test_convert import make as trained
 import fastsae
 from fastsae import SAE, SAEConfig, TopK, formats
 from fastsae.cli import main
-from fastsae.formats import FORMATS
+from fastsae.formats import WRITABLE
 from fastsae.formats.writing import unscaled
 from fastsae.selection import (
     AbsTopK,
@@ -35,7 +35,6 @@ from fastsae.selection import (
 N = 200
 EVERY = [pytest.param(name, make, id=make.__name__) for name in CASES for make in CASES[name]]
 makers = pytest.mark.parametrize(("name", "make"), EVERY)
-WRITABLE = [name for name, known in FORMATS.items() if known.write is not None]
 
 
 def source(folder: Path, name: str) -> Path:

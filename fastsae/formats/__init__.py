@@ -28,7 +28,7 @@ from fastsae.formats import (
 from fastsae.formats.files import naming, new_folder
 from fastsae.sae import SAE
 
-__all__ = ["FORMATS", "Format", "guess", "read", "write"]
+__all__ = ["FORMATS", "WRITABLE", "Format", "guess", "read", "write"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ FORMATS: dict[str, Format] = {
     "gemma_scope_2": Format(gemma_scope_2.FILES, gemma_scope_2.matches, gemma_scope_2.read),
     "openai": Format(openai.FILES, openai.matches, openai.read),
 }
+WRITABLE = tuple(name for name, known in FORMATS.items() if known.write is not None)
 
 
 def read(path: str | Path, format: str | None = None, *, normalized: bool = False) -> SAE:
@@ -82,8 +83,7 @@ def write(sae: SAE, path: str | Path, format: str = "fastsae") -> None:
     """
     known = _known(format)
     if known.write is None:
-        writable = ", ".join(name for name, f in FORMATS.items() if f.write is not None)
-        raise ValueError(f"format: expected one of {writable} to write, got {format}")
+        raise ValueError(f"format: expected one of {', '.join(WRITABLE)} to write, got {format}")
     with new_folder(Path(path)) as folder:
         known.write(sae, folder)
 

@@ -18,7 +18,6 @@ import torch
 
 from fastsae.files import read_json
 from fastsae.formats.files import field, find, folder_of, need, need_matrix, need_tensor, positive
-from fastsae.formats.llamascopium import unweighted
 from fastsae.formats.reading import build, check_sizes, refuse_normalization, score_of
 from fastsae.sae import SAE
 from fastsae.selection import JumpReLU, ReLU, Selection, TopK
@@ -40,20 +39,19 @@ def read(path: Path, normalized: bool) -> SAE:
     weights = read_tensors(need(folder, *WEIGHTS))
     if field(cfg, "use_glu_encoder", bool, False):
         raise ValueError("use_glu_encoder: expected false, got true")
-    W_dec = need_matrix(weights, "decoder.weight").T
     scale_in, scale_out = _scales(cfg, normalized)
     rule = _rule(cfg)
     weighted = field(cfg, "sparsity_include_decoder_norm", bool, True)
     state = {}
     if isinstance(rule, JumpReLU):
         theta = torch.tensor(positive(cfg, "jump_relu_threshold") * scale_out, dtype=torch.float64)
-        state["threshold"] = unweighted(theta, W_dec) if weighted else theta
+        state["weighted_threshold" if weighted else "threshold"] = theta
     hook = field(cfg, "hook_point_in", str)
     transcoder = field(cfg, "hook_point_out", str, hook) != hook
     sae = build(
         rule,
         need_matrix(weights, "encoder.weight"),
-        W_dec,
+        need_matrix(weights, "decoder.weight").T,
         b_enc=need_tensor(weights, "encoder.bias"),
         b_dec=need_tensor(weights, "decoder.bias")
         if field(cfg, "use_decoder_bias", bool, True)

@@ -12,7 +12,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastsae.files import read_json
@@ -57,15 +56,14 @@ def read(path: Path, normalized: bool) -> SAE:
     if field(cfg, "use_glu_encoder", bool, False):
         raise ValueError("use_glu_encoder: expected false, got true")
     weights = _weights(need(folder, *WEIGHTS))
-    W_enc, W_dec = need_matrix(weights, "W_E").T, need_matrix(weights, "W_D")
     hooks = [field(cfg, f"hook_point_{end}", str) for end in ("in", "out")]
     scales = _scales(cfg, weights, hooks, normalized)
-    selection, state = _rule(cfg, weights, W_dec)
+    selection, state = _rule(cfg, weights)
     transcoder = hooks[0] != hooks[1]
     sae = build(
         selection,
-        W_enc,
-        W_dec,
+        need_matrix(weights, "W_E").T,
+        need_matrix(weights, "W_D"),
         b_enc=need_tensor(weights, "b_E"),
         b_dec=need_tensor(weights, "b_D") if field(cfg, "use_decoder_bias", bool, True) else None,
         transcoder=transcoder,
@@ -101,9 +99,7 @@ def _scales(
     return [root / norm for norm in norms]
 
 
-def _rule(
-    cfg: dict[str, Any], weights: dict[str, Any], W_dec: Tensor
-) -> tuple[Selection, dict[str, Tensor]]:
+def _rule(cfg: dict[str, Any], weights: dict[str, Any]) -> tuple[Selection, dict[str, Tensor]]:
     act, weighted = (
         field(cfg, "act_fn", str),
         field(cfg, "sparsity_include_decoder_norm", bool, True),
@@ -118,12 +114,4 @@ def _rule(
         raise ValueError(f"act_fn: expected relu, jumprelu, topk or batchtopk, got {act[:60]!r}")
     name = "activation_function.log_jumprelu_threshold"
     threshold = need_tensor(weights, name).float().exp()
-    return JumpReLU(), {"threshold": unweighted(threshold, W_dec) if weighted else threshold}
-
-
-def unweighted(threshold: Tensor, W_dec: Tensor) -> Tensor:
-    """Thresholds of h for thresholds (F) or 0-d of h·‖W_dec[i]‖; a latent of norm 0 never fires."""
-    if W_dec.ndim != 2 or threshold.shape not in ((), W_dec.shape[:1]):
-        shapes = f"{tuple(threshold.shape)} and {tuple(W_dec.shape)}"
-        raise ValueError(f"threshold and decoder: expected shapes (F) and (F, D), got {shapes}")
-    return threshold / torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64)
+    return JumpReLU(), {"weighted_threshold" if weighted else "threshold": threshold}

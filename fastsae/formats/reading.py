@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsae.blocked import row_norms
 from fastsae.convert import log_thresholds
 from fastsae.sae import DTYPES, SAE, SAEConfig
 from fastsae.selection import Selection, State
@@ -36,7 +37,8 @@ def build(
     W_enc (F, D), W_dec (F, D_out), b_enc (F), b_dec (D_out), W_skip (D_out, D), of any strides and
     floating dtype; the result has the widest of their dtypes. centred: b_dec is subtracted from the
     (scaled) input; a transcoder's encoder bias takes that in. state: tensors of the rule's state,
-    (F) or 0-d; "threshold" is JumpReLU's θ itself, of any sign, where inf shuts a latent out.
+    (F) or 0-d; "threshold" is JumpReLU's θ itself, of any sign, where inf shuts a latent out, and
+    "weighted_threshold" one of h·‖W_dec[i]‖.
     """
     given = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "W_skip": W_skip}
     tensors = {name: t for name, t in given.items() if t is not None}
@@ -63,7 +65,7 @@ def build(
         _check_shape("b_dec", tensors["b_dec"], (d_in,))
         bias = encoder_bias(tensors["W_enc"], tensors.get("b_enc"), -tensors["b_dec"])
         tensors["b_enc"] = bias.to(dtype)
-    norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1, dtype=_wide(dtype))
+    norms = decoder_norms(tensors["W_dec"])
     config = SAEConfig(
         d_in,
         d_sae,
@@ -87,7 +89,9 @@ def build(
         if not t.is_floating_point() or t.shape not in ((), (d_sae,)):
             found = f"{t.dtype} of shape {tuple(t.shape)}"
             raise ValueError(f"{name}: expected {d_sae} floats, got {found}")
-        check_numbers(name, t, infinities=name == "threshold")
+        check_numbers(name, t, infinities="threshold" in name)
+        if name == "weighted_threshold":
+            name, t = "threshold", (t.double() / norms).nan_to_num(nan=math.inf)  # 0 is not above 0
         if name == "threshold":
             name, t = "log_threshold", log_thresholds(t, d_sae)
         own[name].copy_(t)
@@ -103,8 +107,9 @@ def encoder_bias(W_enc: Tensor, b_enc: Tensor | None, shift: Tensor) -> Tensor:
     return moved if b_enc is None else moved + b_enc
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def decoder_norms(W_dec: Tensor) -> Tensor:
+    """‖W_dec[i]‖ (F), float32 at least; no wider copy of all rows is made."""
+    return torch.cat([row_norms(rows) for rows in W_dec.split(_ROWS)])
 
 
 def _check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:

@@ -32,7 +32,14 @@ from fastsae.formats.files import (
     positive,
     scalar,
 )
-from fastsae.formats.reading import build, check_sizes, name_of, refuse_normalization, score_of
+from fastsae.formats.reading import (
+    build,
+    check_sizes,
+    decoder_norms,
+    name_of,
+    refuse_normalization,
+    score_of,
+)
 from fastsae.formats.writing import bias_of, cannot, form_of_inference, unscaled
 from fastsae.sae import DTYPES, SAE
 from fastsae.selection import (
@@ -161,11 +168,11 @@ def _input_scale(cfg: dict[str, Any], folder: Path, transcoder: bool, normalized
 def _fold_norms_(sae: SAE) -> None:
     """For h·‖W_dec[i]‖ as the score of AbsTopK, which has no such option here."""
     with torch.no_grad():
-        norms = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True).clamp(min=1e-8)
-        sae.W_dec.div_(norms)
-        sae.W_enc.mul_(norms)
+        norms = decoder_norms(sae.W_dec).clamp(min=1e-8)
+        sae.W_dec.div_(norms[:, None])
+        sae.W_enc.mul_(norms[:, None])
         if sae.b_enc is not None:
-            sae.b_enc.mul_(norms[:, 0])
+            sae.b_enc.mul_(norms)
 
 
 def _check_finetuning(weights: dict[str, Tensor]) -> None:
