@@ -9,7 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from common import randn, refusals
-from format_files import B_DEC, CASES, DIRECT, LINEAR, THETA, D, F, Forward, K, openai, pickled
+from format_files import (
+    B_DEC,
+    CASES,
+    DIRECT,
+    LINEAR,
+    THETA,
+    W_DEC,
+    D,
+    F,
+    Forward,
+    K,
+    openai,
+    pickled,
+    pre,
+    topk,
+)
 from safetensors.torch import load_file, save_file
 from test_convert import make as trained
 
@@ -125,6 +140,9 @@ def test_normalised_tokens_are_asked_for(tmp_path: Path) -> None:
         fastsae.load(tmp_path / "7.pt")
     sae = formats.read(tmp_path / "7.pt", normalized=True)
     assert sae.config.selection == TopK(K)
+    x = randn(N, D).double()
+    expected = topk(pre(x)) @ W_DEC + B_DEC
+    torch.testing.assert_close(sae(x).reconstruction, expected, rtol=0, atol=1e-9)
 
 
 def test_mixed_dtypes_become_the_widest(tmp_path: Path) -> None:
