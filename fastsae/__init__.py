@@ -4,11 +4,15 @@
     sae = SAE(SAEConfig(d_in=384, d_sae=3072, selection=TopK(32)))
     out = sae(x)                 # out.codes, out.reconstruction, out.loss
     sae.encode(x), sae.decode(codes)
+    sae = fastsae.load(path)     # also other libraries' files
 
 `ops` holds the differentiable operations, `reference` says what each computes, `train` the trainer,
 `data` the activation sources, `metrics` what is reported.
 """
 
+from __future__ import annotations
+
+import os
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
@@ -22,7 +26,15 @@ try:
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "unknown"
 
-__all__ = ["SAE", "Codes", "SAEConfig", "SAEOutput", "Selection", "TopK", "__version__"]
+__all__ = ["SAE", "Codes", "SAEConfig", "SAEOutput", "Selection", "TopK", "__version__", "load"]
+
+
+def load(path: str | os.PathLike[str]) -> SAE:
+    """The SAE in a file or folder of any format that `fastsae.formats` reads, on the CPU."""
+    from fastsae import formats
+
+    return formats.read(os.fspath(path))
+
 
 if not cpu.available():
     warnings.warn(

@@ -1,4 +1,4 @@
-"""The command line: ``fastsae demo | train | eval | report | harvest | info``."""
+"""The command line: ``fastsae demo | train | eval | report | harvest | convert | info``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import tyro
 
 import fastsae
-from fastsae import SAEConfig, TopK, cpu, ops, runs
+from fastsae import SAEConfig, TopK, cpu, formats, ops, runs
 from fastsae.data import open_source, split
 from fastsae.harvest import HarvestConfig, harvest
 from fastsae.models import load_model
@@ -191,6 +191,35 @@ class Harvest:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Write an SAE in another library's format."""
+
+    src: tyro.conf.Positional[Path]
+    """File or folder to read."""
+    dst: tyro.conf.Positional[Path]
+    """Folder to write; there must be nothing in it."""
+    source: Annotated[
+        str | None,
+        tyro.conf.arg(
+            name="from", help=f"Format of SRC, guessed if not given: {', '.join(formats.FORMATS)}."
+        ),
+    ] = None
+    target: Annotated[
+        str, tyro.conf.arg(name="to", help=f"Format of DST: {', '.join(formats.WRITABLE)}.")
+    ] = "fastsae"
+    normalized: bool = False
+    """Read the SAE of a file that wants each token normalised: its inputs will be, already."""
+
+    def run(self) -> None:
+        source = self.source or formats.guess(self.src)
+        sae = formats.read(self.src, source, normalized=self.normalized)
+        formats.write(sae, self.dst, self.target)
+        c = sae.config
+        print(f"{self.src} ({source}) → {self.dst} ({self.target})")
+        print(f"{c.selection}, D {c.d_in}, F {c.d_sae}, {c.dtype}")
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions and which backends work here."""
 
@@ -262,6 +291,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Harvest, tyro.conf.subcommand("harvest")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -308,7 +338,7 @@ def main(args: list[str] | None = None) -> None:
             args = ["train", *rest]
         elif any(argument.startswith("--selection.") for argument in args):
             raise ValueError("--selection.PARAM: expected with train only")
-        command: Demo | Train | Eval | Report | Harvest | Info = tyro.cli(
+        command: Any = tyro.cli(
             Command,
             prog="fastsae",
             description="Sparse autoencoders that do only the work that is there.",

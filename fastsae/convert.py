@@ -13,6 +13,11 @@ from fastsae.selection import JumpReLU, TopK
 from fastsae.selection.base import score_scale
 
 
+def log_thresholds(thresholds: Tensor, d_sae: int) -> Tensor:
+    """What JumpReLU's state holds of thresholds (F) or 0-d: (F) float32, at least log 2⁻¹²⁶."""
+    return thresholds.float().expand(d_sae).clamp(min=2.0**-126).log()
+
+
 @torch.no_grad()
 def to_jumprelu(sae: SAE, x: Tensor | None = None) -> SAE:
     """A JumpReLU SAE with the scale of the data and the decoder's norms folded into the weights.
@@ -52,9 +57,8 @@ def to_jumprelu(sae: SAE, x: Tensor | None = None) -> SAE:
         scores = vals if scale is None else vals * scale[idx.clamp(min=0).long()]
         thresholds = scores[there].min()
         thresholds = thresholds if scale is None else thresholds / scale
-    state = new.selection_state
-    thresholds = thresholds.float().expand(config.d_sae).clamp(min=2.0**-126)
-    state.log_threshold.copy_(thresholds.log())  # type: ignore[operator]
+    log_threshold = log_thresholds(thresholds, config.d_sae)
+    new.selection_state.log_threshold.copy_(log_threshold)  # type: ignore[operator]
     new.fold_scale_()
     if config.decoder_norm == "free":
         new.fold_decoder_norm_()

@@ -183,6 +183,8 @@ class SAE(nn.Module):
         generator = torch.Generator().manual_seed(seed)
 
         def unit_rows(width: int) -> nn.Parameter:
+            if device is not None and torch.device(device).type == "meta":  # a reader has them
+                return nn.Parameter(torch.empty(d_sae, width, dtype=dtype, device=device))
             rows = torch.randn(d_sae, width, generator=generator)
             rows = rows.to(torch.promote_types(dtype, torch.float32))
             ops.normalize_rows_(rows)

@@ -190,7 +190,15 @@ def test_import_is_light() -> None:
             break
     assert best < 0.3
 
-    heavy = ("triton", "matplotlib", "transformers", "scipy", "tyro", "fastsae.kernels")
+    heavy = (
+        "triton",
+        "matplotlib",
+        "transformers",
+        "scipy",
+        "tyro",
+        "fastsae.formats",
+        "fastsae.kernels",
+    )
     assert not [name for name in modules if f"{name}.".startswith(tuple(f"{h}." for h in heavy))]
 
 
