@@ -604,7 +604,8 @@ class SAE(nn.Module):
             raise ValueError(
                 f"{folder / 'sae.safetensors'}: W_dec: expected shape {shape}, got {found}"
             )
-        sae = cls(config, device=device).eval()
+        sae = cls(config, device="meta").to_empty(device=device or "cpu").eval()
+        sae.tokens_since_fired.zero_()
         try:
             sae.load_state_dict(tensors)
         except RuntimeError as error:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsae.blocked import row_norms
 from fastsae.convert import log_thresholds
 from fastsae.sae import DTYPES, SAE, SAEConfig
 from fastsae.selection import Selection, State
 from fastsae.selection.base import Score
+from fastsae.sums import row_norms
 
 _ROWS = 4096
 
