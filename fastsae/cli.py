@@ -42,7 +42,7 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Run directory; a run that is in the default one is replaced."""
-    train: TrainOptions = TrainOptions(steps=1200, batch_size=1024, lr=5e-3)
+    train: TrainOptions = TrainOptions(steps=600, batch_size=1024, lr=5e-3)
     """How it is trained."""
 
     def run(self) -> None:
