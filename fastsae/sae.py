@@ -487,11 +487,11 @@ class SAE(nn.Module):
         scale: bool = True,
         b_dec: Literal["geometric_median", "mean", "zero"] = "geometric_median",
     ) -> None:
-        """Sets the scales and b_dec from a sample of activations x (n, D) and targets (n, D_out).
+        """Sets the start from a sample of activations x (n, D) and targets (n, D_out).
 
         With scale, the coordinates of x' = s·x have a variance of 1 on average, so that the mse is
         a fraction of the variance and learning rates and coefficients mean the same on any data.
-        b_dec starts at a centre of the (scaled) target.
+        b_dec starts at a centre of the (scaled) target; a rule may adapt what it starts with.
         """
         if b_dec not in B_DEC_STARTS:
             raise ValueError(f"b_dec: expected one of {', '.join(B_DEC_STARTS)}, got {b_dec!r}")
@@ -512,6 +512,7 @@ class SAE(nn.Module):
             self.b_dec.copy_(geometric_median(y, backend=self.backend))
         elif b_dec == "mean":
             self.b_dec.copy_(_mean(y, self.backend))
+        self.config.selection.start_(self._call(self._scaled(x), None))
 
     @torch.no_grad()
     def fold_scale_(self) -> SAE:

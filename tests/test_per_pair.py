@@ -9,6 +9,7 @@ import torch
 from common import backends, randn, refusals, threads
 from torch import Tensor
 
+from fastsae import SAE, SAEConfig
 from fastsae.selection import (
     Call,
     Gated,
@@ -484,6 +485,76 @@ def test_the_controller_settles(lag, elasticity):
     assert min(path) > 0.5
 
 
+# ---- the start ----
+
+
+def tokens(n: int, seed: int = 3) -> Tensor:
+    return randn(n, 16, seed=seed) * torch.linspace(1, 2, 16) + 5
+
+
+def started(rule: Selection, **config: Any) -> tuple[SAE, Tensor]:
+    sae, x = SAE(SAEConfig(16, 64, rule, **config)), tokens(4096)
+    sae.initialize_from_(x)
+    return sae.train(), x
+
+
+@pytest.mark.parametrize("start", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("cls", [JumpReLU, Gated, ReLU])
+def test_training_starts_with_the_share_of_the_target_that_was_asked_for(cls, start):
+    """And keeps its pairs from the first step on; also on rows that it was not measured on."""
+    sae, x = started(cls(l0=1.2, start=start))
+    l0 = float(sae.eval().losses(x).metrics["l0"])
+    assert l0 == pytest.approx(1.2 * start, abs=2 / len(x))
+    out = sae.train().losses(tokens(500, seed=4))
+    assert out.codes is not None
+    assert float(out.metrics["l0"]) == pytest.approx(1.2 * start, rel=0.25)
+
+
+@pytest.mark.parametrize("cls", [JumpReLU, Gated, ReLU])
+@pytest.mark.parametrize("parameters", [{}, {"l0": 1.5, "start": 0.0}], ids=["no-l0", "start-0"])
+def test_the_published_start(cls, parameters):
+    rule = cls(**parameters)
+    sae, _ = started(rule)
+    assert not sae.b_enc.any()
+    for name, t in sae.selection_state.state_dict().items():
+        assert torch.equal(t, rule.state(16, 64)[name]), name
+
+
+def test_the_start_of_the_gate_is_not_that_of_the_magnitudes():
+    sae, x = started(Gated(l0=1.5))
+    codes = sae.encode(x).to_dense()
+    h = (x * sae.input_scale - sae.b_dec) @ sae.W_enc.T
+    torch.testing.assert_close(codes, h.where(h > -sae.b_enc[0], 0))
+    assert sae.b_enc[0] < -1
+
+
+def test_where_nothing_is_positive_the_start_is_the_published_one():
+    sae = SAE(SAEConfig(16, 64, JumpReLU(l0=1.5)))
+    sae.initialize_from_(torch.full((20, 16), 3.0), b_dec="mean")
+    assert torch.equal(sae.selection_state.log_threshold, torch.full((64,), math.log(2)))
+
+
+def test_without_a_bias_only_thresholds_can_start_elsewhere():
+    for cls, l0 in ((JumpReLU, 1.5), (ReLU, 32)):
+        sae, x = started(cls(l0=1.5), encoder_bias=False)
+        assert float(sae.losses(x).metrics["l0"]) == pytest.approx(l0, rel=0.1)
+
+
+def test_thresholds_that_start_anew_are_the_mean_of_the_others():
+    rule = JumpReLU(threshold=0.5)
+    state = State(rule.state(D, F))
+    with torch.no_grad():
+        state.log_threshold += torch.arange(F)
+        before = state.log_threshold.clone()
+        rule.restart_(state, torch.tensor([1, 3]))
+        others = [i for i in range(F) if i not in (1, 3)]
+        assert torch.equal(state.log_threshold[others], before[others])
+        expected = before[others].mean().expand(2)
+        torch.testing.assert_close(state.log_threshold[[1, 3]], expected)
+        rule.restart_(state, torch.arange(F))
+        torch.testing.assert_close(state.log_threshold.exp(), torch.full((F,), 0.5))
+
+
 # ---- surroundings ----
 
 
@@ -519,6 +590,7 @@ def test_rescaled_activations_are_coded_alike(rule):
         (ReLU, {"n_updates": 1}, "n_updates: expected an integer of at least 2, got 1"),
         (ReLU, {"decoder_norm_weighted": 1}, "decoder_norm_weighted: expected True or False"),
         (ReLU, {"warmup": 2}, "warmup: expected a number in"),
+        (Gated, {"start": -1}, "start: expected a number of at least 0, got -1"),
     ],
 )
 def test_bad_parameters_are_refused(cls, parameters, message):

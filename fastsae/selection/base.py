@@ -39,6 +39,10 @@ class State(nn.Module):
         return super()._apply(moved, recurse)
 
 
+Terms = dict[str, tuple[float | Tensor, Tensor]]
+"""name → (coefficient, 0-d value)."""
+
+
 @dataclass(eq=False)
 class Call:
     """What a rule works on: N tokens and the SAE's parameters."""
@@ -89,8 +93,7 @@ class Selected(NamedTuple):
     """A rule's result: codes, or a reconstruction without codes, and the terms of its loss."""
 
     codes: Codes | None
-    terms: dict[str, tuple[float | Tensor, Tensor]] = {}  # noqa: RUF012 (never written to)
-    """name → (coefficient, 0-d value)."""
+    terms: Terms = {}  # noqa: RUF012 (never written to)
     reconstruction: Reconstruction | None = None
 
 
@@ -122,6 +125,9 @@ class Selection:
     def state(self, d_in: int, d_sae: int) -> dict[str, Tensor]:
         """The rule's tensors at the start; nn.Parameters are trained."""
         return {}
+
+    def start_(self, call: Call) -> None:
+        """Adapts call.state and call.b_enc to a sample of tokens before training starts."""
 
     def select(self, call: Call) -> Selected:
         """The codes of the tokens, differentiable in them and the encoder's parameters.
