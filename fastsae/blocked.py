@@ -32,8 +32,11 @@ from torch.autograd.function import once_differentiable
 
 from fastsae import ops
 from fastsae.ops.backend import resolve, wide_dtype
-from fastsae.ops.gradients import column_sum_op, undense_gradient
+from fastsae.ops.gradients import column_sum_op
 from fastsae.reference import _dtype, _matmul
+from fastsae.sums import plain_total, row_norms, total
+
+__all__ = ["BLOCK", "Blocked", "PairFunction", "Pairs", "blocked", "row_norms", "total"]
 
 BLOCK = 2**20
 
@@ -106,7 +109,7 @@ class _Step:
         """A block's shares of x̂, x̂_frozen and the totals, and how often its latents fired."""
         values, penalties, frozen = self.pairs(*self.inputs(some))
         W = self.wide(self.W_dec[some])
-        totals = [_total(p, self.backend) for p in penalties]
+        totals = [plain_total(p, self.backend) for p in penalties]
         x_frozen = None if frozen is None else _matmul(frozen, W)
         return _matmul(values, W), x_frozen, totals, (values != 0).sum(0)
 
@@ -217,8 +220,8 @@ class BlockedFunction(Function):
         sums = [xc.new_empty(len(W_enc)) for _ in (W_enc, *latents)]
         for some in step.blocks():
             values, dh, dlatents = gradients.of_pairs(some)
-            for total, d in zip(sums, (dh, *dlatents), strict=True):
-                total[some] = ops.column_sum(d, backend=backend)
+            for sums_of, d in zip(sums, (dh, *dlatents), strict=True):
+                sums_of[some] = ops.column_sum(d, backend=backend)
             if dx is not None:
                 dx += _matmul(dh, step.wide(W_enc[some]))
             if dense:
@@ -260,54 +263,3 @@ def blocked(
         pairs, precision, backend, x, W_enc, b_enc, pre_bias, W_dec, b_dec, *latents
     )
     return Blocked(x_hat, frozen, tuple(totals), n_active, fired)
-
-
-# ---- sums and norms that a rule needs in either form ----
-
-
-def _total(v: Tensor, backend: str | None) -> Tensor:
-    flat = v.detach().reshape(-1)
-    if len(flat) % 64:
-        flat = torch.nn.functional.pad(flat, (0, -len(flat) % 64))
-    return ops.column_sum(flat.view(-1, 64), backend=backend).sum()
-
-
-class TotalFunction(Function):
-    @staticmethod
-    def forward(ctx, v, backend):
-        ctx.shape = v.shape
-        return _total(v, backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        return g.expand(ctx.shape), None
-
-
-def total(v: Tensor, *, backend: str | None = None) -> Tensor:
-    """Σ of all elements of v (0-d), in one order for any threads; differentiable."""
-    return TotalFunction.apply(v, backend)
-
-
-class RowNormFunction(Function):
-    @staticmethod
-    def forward(ctx, W, backend):
-        norms = torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, torch.float))
-        ctx.save_for_backward(W, norms)
-        ctx.backend = backend
-        return norms
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        W, norms = ctx.saved_tensors
-        coef = (g / norms).where(norms > 0, 0)[:, None]
-        ids = torch.arange(len(W), dtype=torch.int32, device=W.device)[:, None]
-        ids = ids.where(coef != 0, -1)
-        done, dense = undense_gradient(W, coef, ids, W.detach(), None, ctx.backend)
-        return dense if done else (coef * W).to(W.dtype), None
-
-
-def row_norms(W: Tensor, *, backend: str | None = None) -> Tensor:
-    """‖W[i]‖ (F), float32 or wider; its gradient goes to an optimiser as a RowGradient."""
-    return RowNormFunction.apply(W, resolve(backend, W))

@@ -13,6 +13,8 @@ from fastsae.codes import Codes
 
 AuxK = Literal["dictionary_learning", "openai", "bussmann", "sparsify", "saelens"]
 AUXK: tuple[str, ...] = get_args(AuxK)
+KEEPS_NEGATIVE = ("saelens",)
+"""Variants without a ReLU on what dead latents reconstruct with."""
 
 ErrorOf = Callable[[Codes, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 """(codes, b_dec, target) → Σ‖x̂ - target‖², x̂ - target, and x̂ or None."""
@@ -31,8 +33,9 @@ def auxk(
 ) -> Tensor:
     """How badly dead latents reconstruct e = y - x̂, what the live ones left (Gao et al. 2024).
 
-    codes hold the k_aux largest positive pre-activations among dead latents, ê is what they decode
-    to, y (N, D_out) the target, error = -e with Σ‖e‖² = sse. The published codes differ:
+    codes hold the k_aux largest pre-activations among dead latents, of positive ones but for the
+    variants in KEEPS_NEGATIVE; ê is what they decode to, y (N, D_out) the target, error = -e with
+    Σ‖e‖² = sse. The published codes differ:
 
         dictionary_learning  ‖e - ê‖² / ‖e - ē‖² over the batch, ē its mean, e constant (default)
         openai               the same value; b_dec is in ê and, held constant, in e
@@ -40,8 +43,7 @@ def auxk(
         sparsify             ‖e - ê - b_dec‖² / ‖y - ȳ‖² · share, share = min(n_dead / k_aux, 1)
         saelens              mean over tokens and width of (e - ê - b_dec)², times share
 
-    SAELens also lets negative pre-activations of dead latents in, which is not done here. A
-    quotient is 0 where its divisor is 0 up to rounding (one token, or equal ones).
+    A quotient is 0 where its divisor is 0 up to rounding (one token, or equal ones).
     """
     n_elements = max(error.numel(), 1)
     if variant == "bussmann":

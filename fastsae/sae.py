@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastsae import losses, ops
-from fastsae.blocked import row_norms, total
 from fastsae.codes import Codes
 from fastsae.selection import Call, Selected, Selection, State, TopK
+from fastsae.selection.base import Terms
+from fastsae.sums import row_norms, total
 from fastsae.tensors import write_tensors
 
 DTYPES = {
@@ -362,9 +363,7 @@ class SAE(nn.Module):
         if multi is not None and multi.codes is not None:
             terms["multi_topk"] = self._error(multi.codes, self.b_dec, y)[0] / elements
             loss = loss + c.multi_topk_coef * terms["multi_topk"]
-        for name, (coef, term) in selected.terms.items():
-            terms[name] = term
-            loss = loss + coef * term
+        loss = _with_terms(loss, terms, selected.terms)
         metrics = {"l0": l0}
         if self.training:
             finite = loss.detach().isfinite()
@@ -373,11 +372,12 @@ class SAE(nn.Module):
             if c.auxk_coef:  # waits for a GPU: how many are dead decides shapes
                 dead = is_dead
                 if len(tokens):
-                    dead = c.selection.revivable(self.selection_state, is_dead, len(tokens))
+                    dead = c.selection.revivable(call, selected, is_dead)
                 latents = dead.nonzero()[:, 0].to(torch.int32)
                 if len(latents):
                     terms["auxk"] = self._auxk(tokens, y, sse, error, latents)
                     loss = loss + c.auxk_coef * terms["auxk"]
+            loss = _with_terms(loss, terms, c.selection.dead_terms(call, is_dead))
             if len(tokens):
                 self._observe(call, selected, finite)
         reconstruction = None
@@ -447,20 +447,36 @@ class SAE(nn.Module):
     def _auxk(self, tokens: Tensor, y: Tensor, sse: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         c = self.config
         k_aux = c.k_aux or max(1, c.d_in // 2)
+        b_enc: Tensor | None = self.b_enc
+        lift = None
+        if c.auxk in losses.KEEPS_NEGATIVE:  # encode keeps what is positive: lift all above 0
+            lift = self._most_negative(tokens, dead)
+            b_enc = lift.expand(c.d_sae) if b_enc is None else self._wide(b_enc) + lift
         vals, idx = ops.encode(
             tokens,
             self.W_enc,
-            self.b_enc,
+            b_enc,
             self._pre_bias,
             k=min(k_aux, len(dead)),
             latents=dead,
             precision=self.precision,
             backend=self.backend,
         )
+        vals = vals if lift is None else vals - lift
         codes, share = Codes(vals, idx, c.d_sae), min(len(dead) / k_aux, 1)
         return losses.auxk(
             c.auxk, self._error, codes, self.b_dec, y, sse, error, share, self.backend
         )
+
+    @torch.no_grad()
+    def _most_negative(self, tokens: Tensor, latents: Tensor) -> Tensor:
+        """More than -h for any h of these tokens and latents (0-d)."""
+        x = tokens if self._pre_bias is None else tokens - self._pre_bias
+        norms = row_norms(self.W_enc.detach())[latents]
+        most = torch.linalg.vector_norm(x, dim=1).max() * norms.max()
+        if self.b_enc is not None:
+            most = most - self._wide(self.b_enc[latents]).min()
+        return 1.01 * most.clamp(min=1e-6)
 
     # ---- the decoder's norm ----
 
@@ -591,6 +607,13 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{f.name}={getattr(self.config, f.name)}" for f in fields(self.config))
+
+
+def _with_terms(loss: Tensor, terms: dict[str, Tensor], more: Terms) -> Tensor:
+    for name, (coef, term) in more.items():
+        terms[name] = term
+        loss = loss + coef * term
+    return loss
 
 
 def _mean(x: Tensor, backend: str | None = None) -> Tensor:

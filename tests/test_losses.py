@@ -49,6 +49,7 @@ def test_auxk_is_the_variants_sum(variant: str, k_aux: int, backend: str) -> Non
     best = h.where(dead, -torch.inf).topk(min(k_aux, int(dead.sum())))
     z_aux = torch.zeros_like(h).scatter(1, best.indices, best.values.relu())
     e_hat = z_aux @ p["W_dec"]
+    raw = torch.zeros_like(h).scatter(1, best.indices, best.values) @ p["W_dec"]
     held = e.detach()
     variance = (held - held.mean(0)).square().sum()
     total = (x.double() - x.double().mean(0)).square().sum()
@@ -59,7 +60,7 @@ def test_auxk_is_the_variants_sum(variant: str, k_aux: int, backend: str) -> Non
         "openai": (e_hat + p["b_dec"] - held - p["b_dec"].detach()).square().sum() / variance,
         "bussmann": (e_hat - e).square().mean(),
         "sparsify": share * with_bias.sum() / total,
-        "saelens": share * with_bias.mean(),
+        "saelens": share * (raw + p["b_dec"] - held).square().mean(),
     }[variant]
     torch.testing.assert_close(out.losses["auxk"].double(), expected, rtol=2e-5, atol=0)
     (e.square().mean() + 0.5 * expected).backward()
@@ -82,6 +83,20 @@ def test_no_dead_latent_no_auxk(variant: str, backend: str) -> None:
         out.loss.backward()
         results.append([out.loss, *(p.grad for p in sae.parameters())])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_saelens_auxk_keeps_negative_values_of_bfloat16_weights_too(bias: bool) -> None:
+    config = {"auxk": "saelens", "k_aux": D, "dtype": "bfloat16", "encoder_bias": bias}
+    sae = SAE(SAEConfig(D, F, TopK(K), dead_after=100, auxk_coef=1.0, **config)).train()  # type: ignore[arg-type]
+    dead, tokens = torch.arange(0, F, 3, dtype=torch.int32), randn(N, D, seed=3)
+    found = []
+    sae._error = lambda codes, *rest: found.append(codes) or (torch.zeros(()),)  # type: ignore
+    sae._auxk(tokens, tokens, torch.zeros(()), tokens, dead)
+    h = tokens.double() @ sae.W_enc.double().T
+    best = h[:, dead.long()].topk(D).values
+    assert best.min() < -0.1
+    torch.testing.assert_close(found[0].vals.double(), best, rtol=0, atol=2e-6)
 
 
 RULES = [

@@ -10,6 +10,7 @@ from common import backends, randn, refusals, threads
 from torch import Tensor
 
 from fastsae import SAE, SAEConfig
+from fastsae.optim import Adam
 from fastsae.selection import (
     Call,
     Gated,
@@ -70,7 +71,18 @@ def make_call(
 
 def leaves(call: Call) -> dict[str, Tensor]:
     names = ("x", "W_enc", "b_enc", "pre_bias", "W_dec", "b_dec")
-    return {n: getattr(call, n) for n in names} | dict(call.state.named_parameters())
+    given = {n: getattr(call, n) for n in names if getattr(call, n) is not None}
+    return given | dict(call.state.named_parameters())
+
+
+def tokens(n: int, seed: int = 3) -> Tensor:
+    return randn(n, 16, seed=seed) * torch.linspace(1, 2, 16) + 5
+
+
+def started(rule: Selection, **config: Any) -> tuple[SAE, Tensor]:
+    sae, x = SAE(SAEConfig(16, 64, rule, **config)), tokens(4096)
+    sae.initialize_from_(x)
+    return sae.train(), x
 
 
 class Rectangle(torch.autograd.Function):
@@ -335,6 +347,65 @@ def test_near_threshold_pairs_carry_no_value():
     assert int((codes.vals != 0).sum()) == int((z != 0).sum()) < len(codes.vals)
 
 
+@pytest.mark.parametrize("centred", [True, False])
+@backends
+def test_the_pre_activation_loss_is_that_of_dead_latents(backend, centred):
+    """With every gradient, of the sum over pairs that is never made."""
+    rule = JumpReLU(threshold=0.9, pre_act_coef=0.2)
+    mine, exact = make_call(rule, dtype=torch.float32, backend=backend), make_call(rule)
+    for call in (mine, exact):
+        if not centred:
+            call.pre_bias = call.b_enc = None
+    h = exact.x @ exact.W_enc.T
+    if centred:
+        h = h - exact.pre_bias @ exact.W_enc.T + exact.b_enc
+    theta = exact.state.log_threshold.exp()
+    dead = (h <= theta).all(0)
+    assert 1 < dead.sum() < F
+    gap = torch.relu(theta - h) * exact.W_dec.norm(dim=1)
+    expected = gap[:, dead].sum(1).mean()
+    ((coef, term),) = rule.dead_terms(mine, dead).values()
+    assert coef == 0.2
+    torch.testing.assert_close(term.double(), expected, rtol=1e-5, atol=0)
+    term.backward()
+    expected.backward()
+    for name, t in leaves(mine).items():
+        wanted = leaves(exact)[name].grad
+        assert (t.grad is None) == (wanted is None) == (name == "b_dec"), name
+        if wanted is not None:
+            torch.testing.assert_close(t.grad.double(), wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_pre_activation_loss_brings_dead_latents_back():
+    found = []
+    for coef in (0.0, 0.1):
+        rule = JumpReLU(l0=1.5, threshold=1.0, pre_act_coef=coef)
+        sae, x = started(rule, dead_after=4096)
+        with torch.no_grad():
+            sae.b_enc[:8] = -5.0
+        out = sae.losses(x)
+        assert ("pre_act" in out.losses) == bool(coef) and out.metrics["n_dead"] >= 8
+        weighted = float(out.losses["pre_act"]) * coef if coef else 0.0
+        others = out.losses["mse"] + rule.l0_coef * out.losses["sparsity"]
+        auxk = sae.config.auxk_coef * out.losses["auxk"]
+        assert out.loss.item() == pytest.approx(float(others + auxk) + weighted, rel=1e-4)
+        optimizer = Adam(sae.parameters(), lr=0.02, unit_rows=[sae.W_dec])
+        for _ in range(150):
+            optimizer.zero_grad()
+            sae.losses(x).loss.backward()
+            optimizer.step()
+        found.append(int(sae.eval().losses(x).fired[:8].sum()))
+    assert found[0] == 0 and found[1] > 4
+
+
+def test_no_dead_latent_no_pre_activation_loss():
+    call = make_call(JumpReLU())
+    for rule, dead in ((JumpReLU(), torch.ones(F)), (JumpReLU(pre_act_coef=1.0), torch.zeros(F))):
+        assert rule.dead_terms(call, dead.bool()) == {}
+    call.x = call.x[:0]
+    assert JumpReLU(pre_act_coef=1.0).dead_terms(call, torch.ones(F).bool()) == {}
+
+
 # ---- ReLU and p-annealing ----
 
 
@@ -486,16 +557,6 @@ def test_the_controller_settles(lag, elasticity):
 
 
 # ---- the start ----
-
-
-def tokens(n: int, seed: int = 3) -> Tensor:
-    return randn(n, 16, seed=seed) * torch.linspace(1, 2, 16) + 5
-
-
-def started(rule: Selection, **config: Any) -> tuple[SAE, Tensor]:
-    sae, x = SAE(SAEConfig(16, 64, rule, **config)), tokens(4096)
-    sae.initialize_from_(x)
-    return sae.train(), x
 
 
 @pytest.mark.parametrize("start", [0.5, 1.0, 2.0])

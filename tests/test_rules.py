@@ -29,6 +29,7 @@ from fastsae.selection import (
     Matryoshka,
     MutualChoice,
     ReLU,
+    Selected,
     State,
     TemporalMask,
     zipf_budgets,
@@ -56,6 +57,7 @@ RULES: dict[str, Selection] = {
     "jumprelu": JumpReLU(0.01, threshold=0.7, bandwidth=0.5),
     "jumprelu-target": JumpReLU(0.01, l0_target=3.0, threshold=0.7, bandwidth=0.5),
     "jumprelu-tanh": JumpReLU(0.01, loss="tanh", threshold=0.7, bandwidth=0.5),
+    "jumprelu-pre-act": JumpReLU(0.01, threshold=0.7, bandwidth=0.5, pre_act_coef=0.3),
     "gated": Gated(0.01, l0=4.0),
     "relu": ReLU(0.01, l0=4.0, decoder_norm_weighted=True),
     "relu-annealed": ReLU(0.01, p_end=0.2, anneal_start=0.1, warmup=0.5),
@@ -85,6 +87,8 @@ def make(rule: Selection, backend: str, dtype: str = "float32", **config: object
         sae.W_enc.add_(randn(F, D, seed=4) * 0.1)
         if getattr(rule, "warmup", None) == 0.35:
             sae.b_enc.add_(SPARSE_BIAS)  # type: ignore[union-attr]
+    if getattr(rule, "pre_act_coef", 0):
+        sae.tokens_since_fired += sae.config.dead_after
     sae.progress = 0.4
     return sae.train()
 
@@ -377,14 +381,33 @@ def test_feature_choice_spends_every_latents_budget() -> None:
 def test_feature_choice_revives_what_fires_too_seldom() -> None:
     rule, n = FeatureChoice(K, warmup=0.0, aux_zipf=0.5), 1000
     state = State(rule.state(D, F))
-    none = torch.zeros(F, dtype=torch.bool)
-    assert not rule.revivable(state, none, n).any()  # nothing is known of any
+    W, none = torch.zeros(F, D), torch.zeros(F, dtype=torch.bool)
+    call = Call(torch.zeros(n, D), W, None, None, W, state, training=True)
+
+    def revived() -> Tensor:
+        return rule.revivable(call, Selected(None), none)
+
+    assert not revived().any()  # nothing is known of any
     granted = zipf_budgets(F, K * n, n) / n
     state.rate.copy_(granted * 0.3)
     state.rate_weight.fill_(0.3)
-    assert not rule.revivable(state, none, n).any()
+    assert not revived().any()
     state.rate[-1] *= 0.4
-    assert rule.revivable(state, none, n).nonzero().flatten().tolist() == [F - 1]
+    assert revived().nonzero().flatten().tolist() == [F - 1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "work"),
+    [(FeatureChoice(K, warmup=0.0), "_granted"), (TemporalMask(K, warmup=0.0), "unmasked")],
+    ids=["feature-choice", "temporal-mask"],
+)
+def test_a_step_does_a_rules_work_once(rule: Selection, work: str, monkeypatch) -> None:
+    made, function = [], getattr(type(rule), work)
+    monkeypatch.setattr(type(rule), work, lambda *args: made.append(1) or function(*args))
+    sae = make(rule, "cpu")
+    for step in range(1, 4):
+        sae.losses(inputs(step)[0])
+        assert len(made) == step
 
 
 def test_the_threshold_is_the_average_of_the_smallest_selected() -> None:

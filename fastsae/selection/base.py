@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsae import ops
-from fastsae.blocked import row_norms
 from fastsae.codes import Codes
+from fastsae.sums import row_norms
 
 Score = Literal["activation", "activation·decoder_norm"]
 
@@ -95,6 +95,8 @@ class Selected(NamedTuple):
     codes: Codes | None
     terms: Terms = {}  # noqa: RUF012 (never written to)
     reconstruction: Reconstruction | None = None
+    own: Tensor | None = None
+    """What `select` hands to the rule's other methods, so that it is made once a step."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,13 @@ class Selection:
     def observe(self, call: Call, selected: Selected) -> None:
         """Updates call.state after `select` in a training step; without gradients."""
 
-    def revivable(self, state: Any, is_dead: Tensor, n_tokens: int) -> Tensor:
+    def revivable(self, call: Call, selected: Selected, is_dead: Tensor) -> Tensor:
         """(F) bool: the latents that the AuxK loss is to revive, given those that are dead."""
         return is_dead
+
+    def dead_terms(self, call: Call, is_dead: Tensor) -> Terms:
+        """More terms of the loss, given the latents (F) that are dead after this batch."""
+        return {}
 
     def restart_(self, state: Any, latents: Tensor) -> None:
         """Sets back what the state holds of these latents (ids), which start anew."""

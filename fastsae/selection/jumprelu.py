@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastsae.blocked import PairFunction, Pairs, row_norms
+from fastsae import ops
+from fastsae.blocked import PairFunction, Pairs
 from fastsae.selection.base import Call, Selection, Terms, check_number
 from fastsae.selection.per_pair import PerPair
+from fastsae.sums import row_norms, total
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class JumpReLU(PerPair, Selection):
     Only θ feels the L0 penalty, and Adam moves log θ by the learning rate a step at most, so with
     `l0` the controller also multiplies all θ by exp(5·rate·e) after each batch (ours). l0_target
     needs runs as long as the paper's.
+
+    The pre-activation loss (Anthropic 2025) pulls dead latents back: Σ ReLU(θ - h)·‖W_dec[i]‖ over
+    them, as in SAELens, a mean over the tokens. All their h are below θ, so it is linear in them
+    and takes one product with the mean token.
     """
 
     name: ClassVar[str] = "jumprelu"
@@ -47,6 +53,8 @@ class JumpReLU(PerPair, Selection):
     tanh_scale: float = 4.0
     rate: float = 0.02
     """Of the controller."""
+    pre_act_coef: float = 0.0
+    """Of the pre-activation loss; SAELens and Anthropic: 3e-6, beside a sum over the width."""
     warmup: float = 0.0
     start: float = 1.0
     """With l0: what share of it is active when training starts; 0: all θ start at `threshold`."""
@@ -54,6 +62,7 @@ class JumpReLU(PerPair, Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("l0_coef", self.l0_coef, 0)
+        check_number("pre_act_coef", self.pre_act_coef, 0)
         for name in ("threshold", "bandwidth", "tanh_scale"):
             check_number(name, getattr(self, name), 1e-12)
         if self.loss not in ("step", "tanh"):
@@ -100,6 +109,22 @@ class JumpReLU(PerPair, Selection):
             penalty = (penalty / self.l0_target - 1).square()
         return {"sparsity": (self.coefficient(call, self.l0_coef), penalty)}
 
+    def dead_terms(self, call: Call, is_dead: Tensor) -> Terms:
+        dead = is_dead.nonzero()[:, 0] if self.pre_act_coef else is_dead[:0]
+        if not len(dead) or not len(call.x):
+            return {}
+        norms = row_norms(call.W_dec, backend=call.backend)[dead]
+        gap = call.state.log_threshold.exp()[dead]
+        if call.b_enc is not None:
+            gap = gap - call.b_enc[dead]
+        tokens = torch.arange(len(call.x), device=dead.device)
+        x = _row_sum(torch.full_like(call.x[:, 0], 1 / len(call.x)), tokens, call.x, call)
+        if call.pre_bias is not None:
+            x = x - call.pre_bias
+        h = x * _row_sum(norms, dead, call.W_enc, call)
+        value = total(norms * gap, backend=call.backend) - total(h, backend=call.backend)
+        return {"pre_act": (self.pre_act_coef, value)}
+
     def steer(self, state: Any, excess: Tensor) -> None:
         super().steer(state, excess)
         state.log_threshold += 5 * self.rate * excess.to(state.log_threshold.dtype)
@@ -117,3 +142,12 @@ class JumpReLU(PerPair, Selection):
 
     def inference_thresholds(self, state: Any, W_dec: Tensor) -> Tensor | None:
         return state.log_threshold.detach().exp()
+
+
+def _row_sum(coef: Tensor, ids: Tensor, rows: Tensor, call: Call) -> Tensor:
+    """Σ coef[i]·rows[ids[i]] (D), differentiable, in a fixed order."""
+    row_ptr = torch.tensor([0, len(ids)], device=ids.device)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return ops.decode(
+        coef, ids.to(torch.int32), rows, row_ptr=row_ptr, dtype=dtype, backend=call.backend
+    )[0]

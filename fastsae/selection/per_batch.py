@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
-from fastsae.blocked import row_norms
 from fastsae.codes import Codes
 from fastsae.selection.base import (
     Call,
@@ -26,6 +25,7 @@ from fastsae.selection.base import (
     fold_weighted,
     score_scale,
 )
+from fastsae.sums import row_norms
 
 
 class _BatchBudget:

@@ -153,7 +153,7 @@ class FeatureChoice(Selection):
         return torch.empty_like(by_rank).index_copy_(0, order, by_rank)
 
     def select(self, call: Call) -> Selected:
-        s, n_tokens = call.state, len(call.x)
+        s, n_tokens, budgets = call.state, len(call.x), None
         theta = None if call.training else self.inference_thresholds(s, call.W_dec)
         if theta is not None:
             pairs = ops.encode_threshold(*call.encoder, thresholds=theta, **call.options)
@@ -164,7 +164,7 @@ class FeatureChoice(Selection):
             room = self.k * n_tokens
             pairs = ops.encode_columns(*call.encoder, budgets=budgets, room=room, **call.options)
         vals, idx, row_ptr = pairs
-        return Selected(Codes(vals, idx, len(call.W_enc), row_ptr))
+        return Selected(Codes(vals, idx, len(call.W_enc), row_ptr), own=budgets)
 
     def observe(self, call: Call, selected: Selected) -> None:
         codes, s = selected.codes, call.state
@@ -186,9 +186,10 @@ class FeatureChoice(Selection):
         s.rate.mul_(self.decay).add_(fired / codes.n_tokens, alpha=1 - self.decay)
         s.rate_weight.mul_(self.decay).add_(1 - self.decay)
 
-    def revivable(self, state: Any, is_dead: Tensor, n_tokens: int) -> Tensor:
-        granted = self._granted(state, n_tokens) / n_tokens
-        return is_dead | (state.rate < self.aux_zipf * granted * state.rate_weight)
+    def revivable(self, call: Call, selected: Selected, is_dead: Tensor) -> Tensor:
+        s, n_tokens, budgets = call.state, len(call.x), selected.own
+        granted = (self._granted(s, n_tokens) if budgets is None else budgets) / n_tokens
+        return is_dead | (s.rate < self.aux_zipf * granted * s.rate_weight)
 
     def restart_(self, state: Any, latents: Tensor) -> None:
         for tensor in (state.smallest, state.smallest_square, state.selected, state.weight):

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
-from fastsae.blocked import Blocked, PairFunction, blocked, total
+from fastsae.blocked import Blocked, PairFunction, blocked
 from fastsae.codes import Codes
 from fastsae.reference import TooManyPairs
 from fastsae.selection.base import Call, Reconstruction, Selected, Terms, check_number
+from fastsae.sums import total
 
 
 def pair_limit(n_tokens: int, n_latents: int) -> int:

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastsae.blocked import PairFunction, Pairs, row_norms
+from fastsae.blocked import PairFunction, Pairs
 from fastsae.selection.base import Call, Selected, Selection, Terms, check_flag, check_number
 from fastsae.selection.per_pair import PerPair
+from fastsae.sums import row_norms
 
 
 @dataclass(frozen=True)

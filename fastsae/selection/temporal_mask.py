@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
-from fastsae.blocked import row_norms
 from fastsae.codes import Codes
 from fastsae.selection.base import (
     Call,
@@ -24,6 +23,7 @@ from fastsae.selection.base import (
 )
 from fastsae.selection.per_batch import BatchTopK
 from fastsae.selection.per_token import TopK
+from fastsae.sums import row_norms
 
 
 def uniform(seed: int, step: Tensor, n: int) -> Tensor:
@@ -108,24 +108,23 @@ class TemporalMask(Selection):
         n_latents = len(call.W_enc)
         if self.base == "topk":
             vals, idx = ops.encode(*call.encoder, k=k, scale=unmasked, **call.options)
-            return Selected(Codes(vals, idx, n_latents))
+            return Selected(Codes(vals, idx, n_latents), own=unmasked)
         vals, idx, row_ptr = ops.encode_batch(
             *call.encoder, budget=k * len(call.x), scale=unmasked, **call.options
         )
-        return Selected(Codes(vals, idx, n_latents, row_ptr))
+        return Selected(Codes(vals, idx, n_latents, row_ptr), own=unmasked)
 
     def observe(self, call: Call, selected: Selected) -> None:
-        codes, s = selected.codes, call.state
-        assert codes is not None
+        codes, s, unmasked = selected.codes, call.state, selected.own
+        assert codes is not None and unmasked is not None
         self._base.observe(call, selected)
-        seen = self.unmasked(call) > 0
         vals = codes.vals.float()
         fired = latent_sums((codes.idx >= 0).float(), codes, call.backend)
         squares = latent_sums(vals * vals, codes, call.backend)
         norms = row_norms(call.W_dec.detach())
         n = max(codes.n_tokens, 1)
         value = latent_sums(vals, codes, call.backend) / fired.clamp(min=1)
-        rate = (1 - self.decay) * seen
+        rate = (1 - self.decay) * unmasked
         for total, average in (
             (s.value, value),
             (s.fired, fired / n),
