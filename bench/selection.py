@@ -5,11 +5,12 @@
 
 The Trainer's own steps of all rules, taken in turn in one process, so that what else runs hits them
 alike; a rule's figure is the median of its steps ÷ TopK's, and ÷ one dense encoder product. Tokens
-have a few strong directions, as activations have. The rules without a budget (per_pair.py) get a
-bias with which K pairs a token pass, and, as "NAME, dense", one with which half of all do.
+have a few strong directions, as activations have. The rules without a budget start with K pairs a
+token, and, as "NAME, dense", with half of all, which they take in blocks.
 
---memory: `fastsae train --selection NAME`, by default for 20 steps at N 2048, D 384, F 262144, in a
-child process each, and the most memory it was resident, less that of weights and optimiser state.
+--memory: `fastsae train --selection NAME`, by default for 20 steps (2 in blocks) at N 2048, D 384,
+F 262144, in a child process each, and the most memory it was resident, less that of weights and
+optimiser state.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from measure import Shape, parse_shape, product_seconds
 from step import machine
 
-from fastsae import SAE, SAEConfig, Selection, ops
+from fastsae import SAE, SAEConfig, Selection
 from fastsae.cli import rule_from
 from fastsae.data import Batch, open_source
+from fastsae.shards import FORMAT, LABELS, VERSION, shard_path, write_index, write_shard
 from fastsae.train import TrainConfig, Trainer
 
 MEMORY_SHAPE = (2048, 384, 262144, 32)
@@ -50,19 +51,22 @@ def tokens(n: int, d: int, seed: int) -> torch.Tensor:
     return torch.randn(n, d, generator=generator) + on.float() @ directions
 
 
-@torch.no_grad()
-def trainer(rule: Selection, shape: Shape, x: torch.Tensor, dense: bool) -> Trainer:
-    n, d, f, k = shape
+def forms(names: list[str]) -> dict[str, tuple[str, dict[str, str]]]:
+    """What is measured: label → a rule and its parameters."""
+    found: dict[str, tuple[str, dict[str, str]]] = {}
+    for name in names:
+        found[name] = name, {}
+        if Selection.rules[name].k_name == "l0":
+            thresholds = {"threshold": "0.001"} if name == "jumprelu" else {}
+            found[f"{name}, dense"] = name, {"start": "0", **thresholds}
+    return found
+
+
+def trainer(rule: Selection, shape: Shape, x: torch.Tensor) -> Trainer:
+    _, d, f, _ = shape
     sae = SAE(SAEConfig(d, f, rule, dead_after=10**9))
     made = Trainer(sae, open_source(x), TrainConfig(steps=10**6, warmup_steps=0))
     made.initialize()
-    if rule.k_name == "l0":
-        assert sae.b_enc is not None
-        least = 0.0
-        if not dense:
-            encoder = x * sae.input_scale, sae.W_enc, None, sae.b_dec
-            least = float(ops.encode_batch(*encoder, budget=k * n)[0].min())
-        sae.b_enc += getattr(rule, "threshold", 0.0) - least
     made.step_count = 10**6 // 2  # beyond the warm-up of rules that have one
     return made
 
@@ -70,12 +74,10 @@ def trainer(rule: Selection, shape: Shape, x: torch.Tensor, dense: bool) -> Trai
 def measure_rules(shape: Shape, names: list[str], steps: int) -> list[dict[str, object]]:
     n, d, _, k = shape
     batches = [Batch(tokens(n, d, seed), None, tokens(n, d, seed + 100)) for seed in range(1, 5)]
-    trainers = {}
-    for name in dict.fromkeys(["topk", *names]):
-        rule = rule_from(name, k, {})
-        trainers[name] = trainer(rule, shape, batches[0].x, dense=False)
-        if rule.k_name == "l0":
-            trainers[f"{name}, dense"] = trainer(rule, shape, batches[0].x, dense=True)
+    trainers = {
+        label: trainer(rule_from(name, k, parameters), shape, batches[0].x)
+        for label, (name, parameters) in forms(list(dict.fromkeys(["topk", *names]))).items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     pairs: dict[str, float] = {}
     products = []
@@ -101,25 +103,30 @@ def measure_rules(shape: Shape, names: list[str], steps: int) -> list[dict[str, 
     ]
 
 
-def measure_memory(name: str, shape: Shape, steps: int) -> dict[str, object]:
+def write_tokens(folder: Path, n: int, d: int) -> None:
+    """An activation set of one shard, with gradients."""
+    labels = {name: torch.zeros(n, dtype=torch.int32) for name in LABELS}
+    write_shard(
+        shard_path(folder, 0), {"x": tokens(n, d, 1), "gradient": tokens(n, d, 2), **labels}
+    )
+    index = {"format": FORMAT, "version": VERSION, "d": d, "dtype": "float32", "gradients": True}
+    write_index(folder, {**index, "shards": [n]})
+
+
+def measure_memory(
+    label: str, name: str, parameters: dict[str, str], shape: Shape, steps: int
+) -> dict[str, object]:
     n, d, f, k = shape
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "acts.npy"
-        np.save(data, tokens(4 * n, d, 1).numpy())
-        command = [sys.executable, "-c", CHILD, "train", "--data", str(data), "--d-sae", str(f)]
-        command += [
-            "--k",
-            str(k),
-            "--selection",
-            name,
-            "--batch-size",
-            str(n),
-            "--steps",
-            str(steps),
-        ]
-        command += ["--holdout", "0", "--out", f"{folder}/run"]
+        write_tokens(Path(folder), 4 * n, d)
+        options = {"data": folder, "d-sae": f, "k": k, "selection": name, "batch-size": n}
+        options |= {"steps": steps, "holdout": 0, "out": f"{folder}/run"}
+        options |= {f"selection.{key}": value for key, value in parameters.items()}
+        command = [sys.executable, "-c", CHILD, "train"]
+        command += [f"--{key}={value}" for key, value in options.items()]
         done = subprocess.run(command, capture_output=True, text=True)
-    row: dict[str, object] = {"rule": name, **dict(zip("ndfk", shape, strict=True)), "steps": steps}
+    row: dict[str, object] = {"rule": label, **dict(zip("ndfk", shape, strict=True))}
+    row["steps"] = steps
     if done.returncode:
         return row | {"error": done.stderr.strip().splitlines()[-1]}
     peak = int(done.stdout.split()[-1])
@@ -140,8 +147,9 @@ def main() -> None:
     names = args.rule or sorted(Selection.rules)
     if args.memory:
         rows = []
-        for name in names:
-            rows.append(measure_memory(name, args.shape or MEMORY_SHAPE, args.steps or 20))
+        for label, form in forms(names).items():
+            steps = args.steps or (2 if "dense" in label else 20)
+            rows.append(measure_memory(label, *form, args.shape or MEMORY_SHAPE, steps))
             print(rows[-1], file=sys.stderr, flush=True)
     else:
         rows = measure_rules(args.shape or (2048, 768, 24576, 32), names, args.steps or 7)

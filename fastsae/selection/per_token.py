@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -68,7 +69,8 @@ class TopK(Selection):
         if not call.training or call.progress >= self.anneal:
             return self.k
         start = max(self.k, self.k_start or min(call.x.shape[1], len(call.W_enc)))
-        return math.ceil(start + (self.k - start) * call.progress / self.anneal)
+        k = math.ceil(start + (self.k - start) * call.progress / self.anneal)
+        return operator.index(k)  # a constant of a graph that torch.compile makes of this k
 
     def select(self, call: Call) -> Selected:
         k, scale = self.k_at(call), score_scale(call, self.score)
