@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from common import (
-    INF,
-    NAN,
     VARIANTS,
     backends,
     poisoned_empties,
@@ -17,22 +15,26 @@ from common import (
     variants,
     weights,
 )
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from test_encode import (
+from encoders import (
     WHOLE,
     Case,
     all_ways,
     as_rows,
     assert_all_bits,
-    case_and_h,
+    check_any_number_of_threads,
+    check_refuses_not_finite,
+    check_refuses_overflow,
+    not_finite,
     odd_scale,
-    overflowing,
+    overflows,
     plain,
     pre_activations,
+    problem_of,
     problems,
     scores,
 )
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastsae import cpu, reference
@@ -73,15 +75,7 @@ OWN = {
 }
 
 
-@functools.cache
-def problem(name: str, dtype: torch.dtype) -> tuple[Case, np.ndarray]:
-    if name not in OWN:
-        return case_and_h(name, dtype)
-    case = OWN[name]()
-    case = case._replace(W_enc=case.W_enc.to(dtype))
-    return case, pre_activations(case)
-
-
+problem = problem_of(OWN)
 NAMES = [*OWN, *WHOLE]
 
 
@@ -127,10 +121,8 @@ def test_infinite_scores():
 @variants
 def test_any_number_of_threads(isa, screen):
     case, h = problem("few-kinds", torch.float32)
-    result = expected(h, h, 3000)
-    for count in (3, 7, 64, 1024):
-        forced = {"isa": isa, "screen": screen, "threads": count}
-        assert_all_bits(cpu.encode_batch(*case[:3], 3000, forced=forced), result)
+    encode = functools.partial(cpu.encode_batch, budget=3000)
+    check_any_number_of_threads(encode, case, expected(h, h, 3000), isa, screen)
 
 
 def test_precision_bf16():
@@ -189,25 +181,17 @@ def test_nothing(backend, shape):
 
 
 @variants
-@pytest.mark.parametrize("kind", ["positive", "negative", "bias", "running-sum", "coarse"])
+@overflows
 def test_overflowing_pre_activations(kind, isa, screen):
-    case = overflowing(kind)
-    for count in (1, 2):
-        forced = {"isa": isa, "screen": screen, "threads": count}
-        with pytest.raises(ValueError, match=r"overflow at token \d+, latent 600$"):
-            cpu.encode_batch(*case[:3], 40, forced=forced)
+    encode = functools.partial(cpu.encode_batch, budget=40)
+    check_refuses_overflow(encode, kind, isa, screen)
 
 
 @variants
-@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+@not_finite
 def test_non_finite_inputs(bad, isa, screen):
-    for name, message in (("x", "x: .* row 17$"), ("W_enc", "W_enc, b_enc: .* latent 17$")):
-        case = plain(45, 29, 65, 3)
-        getattr(case, name)[17, 64] = bad
-        for count in (1, 2):
-            forced = {"isa": isa, "screen": screen, "threads": count}
-            with pytest.raises(ValueError, match=message):
-                cpu.encode_batch(*case[:3], 50, forced=forced)
+    encode = functools.partial(cpu.encode_batch, budget=50)
+    check_refuses_not_finite(encode, bad, isa, screen)
 
 
 def test_says_what_is_wrong():

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from common import (
-    INF,
-    NAN,
     VARIANTS,
     backends,
     poisoned_empties,
@@ -16,22 +14,27 @@ from common import (
     variants,
     weights,
 )
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from test_encode import (
+from encoders import (
     WHOLE,
     Case,
     all_ways,
     as_rows,
     assert_all_bits,
-    case_and_h,
+    check_any_number_of_threads,
+    check_refuses_not_finite,
+    check_refuses_overflow,
     coarse,
+    not_finite,
     overflowing,
+    overflows,
     plain,
     pre_activations,
+    problem_of,
     problems,
     screen_rounds,
 )
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastsae import cpu, reference
@@ -81,15 +84,7 @@ BUDGETS = {
 }
 
 
-@functools.cache
-def problem(name: str, dtype: torch.dtype) -> tuple[Case, np.ndarray]:
-    if name not in OWN:
-        return case_and_h(name, dtype)
-    case = OWN[name]()
-    case = case._replace(W_enc=case.W_enc.to(dtype))
-    return case, pre_activations(case)
-
-
+problem = problem_of(OWN)
 NAMES = [*OWN, *WHOLE]
 
 
@@ -110,10 +105,8 @@ def test_bits(name, dtype):
 def test_any_number_of_threads(isa, screen):
     case, h = problem("few-kinds-of-tokens", torch.float32)
     budgets = torch.full((90,), 30, dtype=torch.int32)
-    result = expected(h, budgets, 2700)
-    for count in (3, 7, 64, 1024):
-        forced = {"isa": isa, "screen": screen, "threads": count}
-        assert_all_bits(cpu.encode_columns(*case[:3], budgets, 2700, forced=forced), result)
+    encode = functools.partial(cpu.encode_columns, budgets=budgets, room=2700)
+    check_any_number_of_threads(encode, case, expected(h, budgets, 2700), isa, screen)
 
 
 def test_precision_bf16():
@@ -172,29 +165,21 @@ def test_nothing(backend, n, f, room):
 
 @variants
 @pytest.mark.parametrize("budget", [0, 3])
-@pytest.mark.parametrize("kind", ["positive", "negative", "bias", "running-sum", "coarse"])
+@overflows
 def test_overflowing_pre_activations(kind, budget, isa, screen):
-    case = overflowing(kind)
-    budgets = torch.full((len(case.W_enc),), 3, dtype=torch.int32)
+    budgets = torch.full((len(overflowing(kind).W_enc),), 3, dtype=torch.int32)
     budgets[600] = budget
-    for count in (1, 2):
-        forced = {"isa": isa, "screen": screen, "threads": count}
-        with pytest.raises(ValueError, match=r"overflow at token \d+, latent 600$"):
-            cpu.encode_columns(*case[:3], budgets, int(budgets.sum()), forced=forced)
+    encode = functools.partial(cpu.encode_columns, budgets=budgets, room=int(budgets.sum()))
+    check_refuses_overflow(encode, kind, isa, screen)
 
 
 @variants
-@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+@not_finite
 def test_non_finite_inputs(bad, isa, screen):
     budgets = torch.zeros(29, dtype=torch.int32)
     budgets[3] = 2
-    for name, message in (("x", "x: .* row 17$"), ("W_enc", "W_enc, b_enc: .* latent 17$")):
-        case = plain(45, 29, 65, 3)
-        getattr(case, name)[17, 64] = bad
-        for count in (1, 2):
-            forced = {"isa": isa, "screen": screen, "threads": count}
-            with pytest.raises(ValueError, match=message):
-                cpu.encode_columns(*case[:3], budgets, 2, forced=forced)
+    encode = functools.partial(cpu.encode_columns, budgets=budgets, room=2)
+    check_refuses_not_finite(encode, bad, isa, screen)
 
 
 @backends

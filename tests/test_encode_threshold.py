@@ -15,20 +15,25 @@ from common import (
     variants,
     weights,
 )
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from test_encode import (
+from encoders import (
     WHOLE,
     Case,
     all_ways,
     as_rows,
     assert_all_bits,
     case_and_h,
+    check_any_number_of_threads,
+    check_refuses_not_finite,
+    check_refuses_overflow,
+    not_finite,
     overflowing,
+    overflows,
     plain,
     pre_activations,
     problems,
 )
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastsae import cpu, reference
@@ -86,10 +91,8 @@ def test_bits(name, dtype):
 def test_any_number_of_threads(isa, screen):
     case, h = case_and_h("random", torch.float32)
     thresholds = quantile(h, 0.9)
-    result = expected(h, thresholds)
-    for count in (3, 7, 64, 1024):
-        forced = {"isa": isa, "screen": screen, "threads": count}
-        assert_all_bits(cpu.encode_threshold(*case[:3], thresholds, forced=forced), result)
+    encode = functools.partial(cpu.encode_threshold, thresholds=thresholds)
+    check_any_number_of_threads(encode, case, expected(h, thresholds), isa, screen)
 
 
 def test_precision_bf16():
@@ -165,27 +168,19 @@ def test_stops_early():
 
 @variants
 @pytest.mark.parametrize("threshold", [INF, 0.0])
-@pytest.mark.parametrize("kind", ["positive", "negative", "bias", "running-sum", "coarse"])
+@overflows
 def test_overflowing_pre_activations(kind, threshold, isa, screen):
-    case = overflowing(kind)
-    thresholds = torch.full((len(case.W_enc),), 1e9)
+    thresholds = torch.full((len(overflowing(kind).W_enc),), 1e9)
     thresholds[600] = threshold
-    for count in (1, 2):
-        forced = {"isa": isa, "screen": screen, "threads": count}
-        with pytest.raises(ValueError, match=r"overflow at token \d+, latent 600$"):
-            cpu.encode_threshold(*case[:3], thresholds, forced=forced)
+    encode = functools.partial(cpu.encode_threshold, thresholds=thresholds)
+    check_refuses_overflow(encode, kind, isa, screen)
 
 
 @variants
-@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+@not_finite
 def test_non_finite_inputs(bad, isa, screen):
-    for name, message in (("x", "x: .* row 17$"), ("W_enc", "W_enc, b_enc: .* latent 17$")):
-        case = plain(45, 29, 65, 3)
-        getattr(case, name)[17, 64] = bad
-        for count in (1, 2):
-            forced = {"isa": isa, "screen": screen, "threads": count}
-            with pytest.raises(ValueError, match=message):
-                cpu.encode_threshold(*case[:3], torch.full((29,), 5.0), forced=forced)
+    encode = functools.partial(cpu.encode_threshold, thresholds=torch.full((29,), 5.0))
+    check_refuses_not_finite(encode, bad, isa, screen)
 
 
 @backends

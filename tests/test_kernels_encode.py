@@ -16,7 +16,7 @@ from common import (
     randint,
     randn,
 )
-from test_encode import CASES, Case, case_and_bits, ulps
+from encoders import CASES, Case, case_and_bits, ulps
 from torch import Tensor
 
 from fastsae import reference

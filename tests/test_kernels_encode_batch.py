@@ -4,7 +4,7 @@ import pytest
 import torch
 from aot import RUNNERS, TARGETS, compiled, interpreted
 from common import NAN, assert_bits, fixed_order_dot, randint, randn
-from test_encode import CASES, Case
+from encoders import CASES, Case
 from torch import Tensor
 
 from fastsae import reference

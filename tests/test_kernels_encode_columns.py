@@ -4,7 +4,7 @@ import pytest
 import torch
 from aot import interpreted
 from common import NAN, randint, randn
-from test_encode import CASES, Case
+from encoders import CASES, Case
 from test_kernels_encode_batch import (
     as_pre_activations,
     assert_rows,
