@@ -18,7 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastsae import cpu
 from fastsae.codes import Codes
-from fastsae.sae import SAE, SAEConfig, SAEOutput
+from fastsae.config import SAEConfig
+from fastsae.sae import SAE, SAEOutput
 from fastsae.selection import Selection, TopK
 
 try:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastsae.config import SAEConfig
 from fastsae.files import read_json, sync_folder, write_json
 from fastsae.optim import Adam
-from fastsae.sae import SAEConfig
 from fastsae.tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:

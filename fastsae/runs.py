@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from fastsae import checkpoint, metrics
+from fastsae.config import SAEConfig
 from fastsae.data import Source, in_order, open_source, split
 from fastsae.files import appear, read_json, write_json
 from fastsae.report import write_report
-from fastsae.sae import SAE, SAEConfig
+from fastsae.sae import SAE
 from fastsae.selection import Selection
 from fastsae.timing import product_seconds
 from fastsae.train import TrainConfig, Trainer, evaluate

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsae.config import DTYPES, SAEConfig
 from fastsae.convert import log_thresholds
-from fastsae.sae import DTYPES, SAE, SAEConfig
+from fastsae.sae import SAE
 from fastsae.selection import Selection, State
 from fastsae.selection.base import Score
 from fastsae.sums import row_norms
@@ -132,7 +133,7 @@ def check_numbers(name: str, t: Tensor, infinities: bool = False) -> None:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The name of one of `fastsae.sae.DTYPES`."""
+    """The name of one of `fastsae.config.DTYPES`."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.config import DTYPES
 from fastsae.files import read_json, write_json
 from fastsae.formats.files import (
     field,
@@ -41,7 +42,7 @@ from fastsae.formats.reading import (
     score_of,
 )
 from fastsae.formats.writing import bias_of, cannot, form_of_inference, unscaled
-from fastsae.sae import DTYPES, SAE
+from fastsae.sae import SAE
 from fastsae.selection import (
     AbsTopK,
     BatchTopK,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fastsae.config import SAEConfig
 from fastsae.report.charts import Bar, Scale, histogram
 from fastsae.report.portrait import GROUPS, Example, Latent, Portrait
 from fastsae.report.text import cut, esc, percent, short, tick
-from fastsae.sae import SAEConfig
 
 _NAME, _PIECE = 200, 40  # characters of a source's name and of a token
 _PER_DECADE = 5  # bars of the firing frequencies

@@ -15,12 +15,12 @@ from string import Template
 from typing import Any
 
 import fastsae
+from fastsae.config import SAEConfig
 from fastsae.report.history import History, number
 from fastsae.report.latents import examples_about, latent_cards, latent_charts, latents_about
 from fastsae.report.portrait import Portrait
 from fastsae.report.text import cut, duration, esc, percent, short
 from fastsae.report.training import training_about, training_charts
-from fastsae.sae import SAEConfig
 
 _SETTING, _SETTINGS = 200, 100  # characters of a setting; settings shown of a table
 

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
+from fastsae.config import SAEConfig
 from fastsae.report.charts import Curve, curves
 from fastsae.report.history import History, number
 from fastsae.report.text import percent, percent_tick, short
-from fastsae.sae import SAEConfig
 
 
 def training_about(history: History) -> str:
