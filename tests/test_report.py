@@ -475,6 +475,7 @@ def test_page_is_whole_self_contained_and_has_every_picture(run: Path) -> None:
 
 
 def test_page_shows_the_numbers_of_the_run(run: Path) -> None:
+    (run / "run.json").write_text('{"data": "acts.npy", "lr": 0.001, "d_sae": 24, "holdout": 7}')
     sae, x = tiny_sae(), rows(80)
     text = write_report(run, sae, open_source(x)).read_text().replace("\u00a0", " ")
     parsed = Page(text)
@@ -499,7 +500,9 @@ def test_page_shows_the_numbers_of_the_run(run: Path) -> None:
     assert json.loads(plots["Dead latents"]["data-t"] or "")[0] == "in training 37.5 % · step 10"
     settings_shown = dict(zip(parsed.texts["dt"], parsed.texts["dd"], strict=True))
     assert settings_shown["selection.k"] == "3" and settings_shown["lr"] == "0.001"
-    assert settings_shown["backend"] == "cpu"
+    assert settings_shown["backend"] == "cpu" and settings_shown["data"] == "acts.npy"
+    assert settings_shown["holdout"] == "7"
+    assert parsed.texts["dt"].count("lr") == parsed.texts["dt"].count("d_sae") == 1
 
 
 def test_a_run_that_wrote_nothing_still_has_a_report(tmp_path: Path) -> None:

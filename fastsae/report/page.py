@@ -140,11 +140,12 @@ def _fvu_tile(m: Mapping[str, float]) -> str:
 
 
 def _settings(config: SAEConfig, history: History) -> str:
-    logged = history.config.get("config", {})
+    sae, train = config.to_dict(), history.config.get("config", {}).get("train")
+    known = {*sae, *(train if isinstance(train, dict) else ())}
     tables: list[tuple[str, Any]] = [
-        ("SAE", config.to_dict()),
-        ("Training", logged.get("train")),
-        ("Run", history.run),
+        ("SAE", sae),
+        ("Training", train),
+        ("Run", {name: value for name, value in history.run.items() if name not in known}),
         ("Engine", history.config.get("engine")),
     ]
     shown = []
