@@ -1,4 +1,4 @@
-"""The command line: ``fastsae demo | train | eval | report | harvest | convert | info``."""
+"""The command line: ``fastsae demo | train | plan | eval | report | harvest | convert | info``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import tyro
 
 import fastsae
-from fastsae import SAEConfig, TopK, cpu, formats, ops, runs
+from fastsae import SAEConfig, TopK, cpu, formats, ops, plan, runs
 from fastsae.data import open_source, split
 from fastsae.harvest import HarvestConfig, harvest
 from fastsae.models import load_model
@@ -97,6 +97,8 @@ class Train:
     """Weight of the loss with 4k latents (Multi-TopK); 0 turns it off."""
     holdout: int = 2048
     """Rows held out for the final figures, the same ones for every seed."""
+    device: str = "cpu"
+    """Where it trains: cpu, cuda, cuda:1 …"""
     train: TrainOptions = TrainOptions()
     """How it is trained."""
 
@@ -120,15 +122,64 @@ class Train:
             multi_topk_coef=self.multi_topk_coef,
         )
         options = {**asdict(self), **asdict(settings), "selection": rule.to_dict()}
-        for name in ("train", "out", "config", "resume"):
+        for name in ("train", "out", "config", "resume", "device"):
             del options[name]
         for name in ("data", "target"):  # a run may be resumed from another folder
             options[name] = _absolute(options[name])
         options = json.loads(json.dumps(options))
         figures = runs.train(
-            config, train, holdout, settings, self.out, options, resume=self.resume
+            config,
+            train,
+            holdout,
+            settings,
+            self.out,
+            options,
+            resume=self.resume,
+            device=self.device,
         )
         finish(figures, self.out)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Print what a training will need of memory and disk; allocates nothing."""
+
+    d_in: int
+    """Width of the activations."""
+    d_sae: int
+    """Number of latents."""
+    d_out: int | None = None
+    """Width of a transcoder's target."""
+    selection: str = "topk"
+    """The rule that selects latents."""
+    k: int = 32
+    """Active latents a token."""
+    dtype: str = "float32"
+    """Of the parameters."""
+    bf16_state: bool = False
+    """Adam's moments in bfloat16 (on a GPU)."""
+    memory_gb: float | None = None
+    """Memory to fit, in 10⁹ bytes, of a GPU for example; None: what this machine has free."""
+    json: bool = False
+    """Print one JSON object, in bytes."""
+    train: TrainOptions = TrainOptions()
+    """How it is trained."""
+
+    def run(self) -> None:
+        config = SAEConfig(
+            self.d_in,
+            self.d_sae,
+            rule_from(self.selection, self.k, {}),
+            d_out=self.d_out,
+            dtype=self.dtype,  # type: ignore[arg-type]
+        )
+        found = plan.plan(config, self.train.checked(), bf16_state=self.bf16_state)
+        memory = plan.available() if self.memory_gb is None else int(self.memory_gb * 1e9)
+        if self.json:
+            total = {"memory": found.memory, "available": memory}
+            print(json.dumps({**asdict(found), **total, "fits": found.memory <= memory}))
+        else:
+            print(plan.table(found, memory))
 
 
 @dataclass(frozen=True)
@@ -280,7 +331,8 @@ def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        sys.exit(f"fastsae: error: {' '.join(str(error).split())}")
+        lines = str(error) if isinstance(error, MemoryError) else " ".join(str(error).split())
+        sys.exit(f"fastsae: error: {lines}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -288,6 +340,7 @@ def _errors_in_one_line() -> Iterator[None]:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Harvest, tyro.conf.subcommand("harvest")]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsae import checkpoint, metrics
+from fastsae import checkpoint, metrics, plan
 from fastsae.config import SAEConfig
 from fastsae.data import Source, in_order, open_source, split
 from fastsae.files import appear, read_json, write_json
@@ -78,6 +78,7 @@ def train(
     options: dict[str, Any],
     *,
     resume: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Trains, or goes on training, and returns the final figures, which are written, too.
 
@@ -88,8 +89,11 @@ def train(
         check_same(out, options)
     else:
         check_new(out)
+    if device == "cpu":
+        plan.check(plan.plan(config, settings), plan.available())
     held = holdout if holdout.n_rows else None
-    trainer = Trainer(SAE(config, seed=settings.seed), rows, settings, out=out, holdout=held)
+    sae = SAE(config, seed=settings.seed, device=device)
+    trainer = Trainer(sae, rows, settings, out=out, holdout=held)
     resume = resume and trainer.resume()
     out.mkdir(parents=True, exist_ok=True)
     appear(out / "run.json", lambda partial: write_json(partial, options))
@@ -126,7 +130,7 @@ def final_figures(
     figures["dead_share"] = evaluate(sae, some)["dead_share"]
     figures["dead_share_rows"] = n
     x = next(rows.batches(settings.batch_size, settings.seed)).x
-    figures["product_seconds"] = product_seconds(x, sae.W_enc)
+    figures["product_seconds"] = product_seconds(x, sae.W_enc, most_bytes=2**26)
     figures["step_ratio"] = seconds / settings.steps / figures["product_seconds"]
     return figures
 
