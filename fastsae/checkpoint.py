@@ -13,8 +13,9 @@ a whole one, and the link leads to one. Nothing is ever unpickled.
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from fastsae.config import SAEConfig
 from fastsae.files import read_json, sync_folder, write_json
 from fastsae.optim import Adam
+from fastsae.sae import SAE
 from fastsae.tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -63,45 +65,70 @@ def save(trainer: Trainer, run: Path, *, keep: int, log_bytes: int) -> Path:
     A checkpoint of this step that is there already stays as it is. OSError: nothing has changed.
     """
     folder = run / f"step-{trainer.step_count}"
-    if latest(run) == folder:
-        return folder
     run.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run)
-    partial = run / f"{folder.name}.tmp"
-    try:
-        trainer.sae.save(partial)
-        write_tensors(partial / "training.safetensors", _tensors(trainer))
-        write_json(partial / "training.json", {**_facts(trainer), "log_bytes": log_bytes})
-        sync_folder(partial)
-        if folder.exists():  # whole, but the link never came to lead to it
-            _remove(folder)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync_folder(run)
-    link = run / "latest.tmp"
-    link.symlink_to(folder.name)
-    link.replace(run / "latest")
-    sync_folder(run)
-    older = [f for f in _steps(run) if (step_of(f) or 0) < trainer.step_count]
-    newer = [f for f in _steps(run) if (step_of(f) or 0) > trainer.step_count]
-    for old in older[: max(len(older) - (keep - 1), 0)] + newer:  # newer: of a run that went back
+    if latest(run) != folder:
+        _write(trainer, folder, log_bytes)
+        _link(run, folder)
+    steps = [(step_of(f) or 0, f) for f in _steps(run)]
+    older = [f for step, f in steps if step < trainer.step_count]
+    newer = [f for step, f in steps if step > trainer.step_count]  # of a run that went back
+    for old in older[: max(len(older) - (keep - 1), 0)] + newer:
         _remove(old)
     return folder
 
 
+def _write(trainer: Trainer, folder: Path, log_bytes: int) -> None:
+    partial = folder.with_name(f"{folder.name}.tmp")
+    try:
+        trainer.sae.save(partial)
+        tensors = _tensors(trainer)
+        write_tensors(partial / "training.safetensors", tensors)
+        more = {"log_bytes": log_bytes, "tensors": sorted(tensors)}
+        write_json(partial / "training.json", {**_facts(trainer), **more})
+        sync_folder(partial)
+        if folder.exists():  # whole, but the link never came to lead to it
+            _remove(folder)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+
+
+def _link(run: Path, folder: Path) -> None:
+    latest = run / "latest"
+    if latest.is_dir() and not latest.is_symlink():  # a copy of the run was made, links followed
+        _remove(latest)
+    link = run / "latest.tmp"
+    try:
+        link.symlink_to(folder.name)
+    except OSError:  # a file system without links: the highest step is the newest
+        return
+    link.replace(latest)
+    sync_folder(run)
+
+
 def remove_leftovers(run: Path) -> None:
     """Removes what a process that was killed had not finished writing or removing."""
-    for path in run.glob("step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
-    (run / "latest.tmp").unlink(missing_ok=True)
+    for path in run.glob("*.tmp"):
+        if re.fullmatch(r"(step-\d+|latest)(\.old)?\.tmp", path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def _remove(folder: Path) -> None:
     doomed = folder.with_name(f"{folder.name}.old.tmp")
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    if doomed.is_dir():
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        doomed.unlink()
 
 
 def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
@@ -111,25 +138,18 @@ def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
     trainer is then as it was, or not to be used where the message is about training.safetensors.
     """
     facts = read_json(folder / "training.json")
-    own = _facts(trainer)
-    _check_facts(folder / "training.json", facts, own)
-    config = SAEConfig.from_dict(read_json(folder / "config.json"))
+    _check_facts(folder / "training.json", facts, trainer)
+    if step_of(folder) not in (facts["step"], None):
+        raise ValueError(f"{folder / 'training.json'}: step: expected that of the folder's name")
+    try:
+        config = SAEConfig.from_dict(read_json(folder / "config.json"))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
     if config != trainer.sae.config:
         differing = _differing(trainer.sae.config.to_dict(), config.to_dict())
         raise ValueError(f"{folder / 'config.json'}: {differing}")
     tensors = read_tensors(folder / "training.safetensors")
-    expected = _shapes(trainer, facts["step"])
-    for name, t in tensors.items():
-        shape = expected.pop(name, None)
-        if shape is not None and tuple(t.shape) != shape:
-            raise ValueError(
-                f"{folder / 'training.safetensors'}: {name}: expected shape {shape}, "
-                f"got {tuple(t.shape)}"
-            )
-    if expected:
-        raise ValueError(
-            f"{folder / 'training.safetensors'}: expected {', '.join(sorted(expected))}, got none"
-        )
+    _check_tensors(folder / "training.safetensors", tensors, facts, trainer)
     try:
         trainer.sae.load_state_dict(read_tensors(folder / "sae.safetensors"))
         _load_optimizer(trainer, tensors)
@@ -147,27 +167,45 @@ def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return facts
 
 
+def load_sae(folder: Path) -> SAE:
+    """The SAE of a checkpoint, with the averaged weights where the run keeps an average."""
+    sae = SAE.load(folder)
+    if (folder / "training.safetensors").exists():
+        tensors = read_tensors(folder / "training.safetensors")
+        with torch.no_grad():
+            for name, p in sae.named_parameters():
+                if f"{name}/ema" in tensors:
+                    p.copy_(tensors[f"{name}/ema"])
+    return sae
+
+
 def _facts(trainer: Trainer) -> dict[str, Any]:
-    source = trainer.source
     return {
         "step": trainer.step_count,
         "seconds": trainer.seconds,
         "train": asdict(trainer.config),
-        "data": {"n_rows": source.n_rows, "d_in": source.d_in, "d_out": source.d_out},
+        "data": trainer.data,
     }
 
 
-def _check_facts(path: Path, facts: dict[str, Any], own: dict[str, Any]) -> None:
+def _check_facts(path: Path, facts: dict[str, Any], trainer: Trainer) -> None:
     try:
-        for name, kind in (("step", int), ("log_bytes", int), ("seconds", (int, float))):
-            if not isinstance(facts[name], kind) or facts[name] < 0:
-                raise ValueError(f"{path}: {name}: expected a count, got {facts[name]!r:.80}")
-        theirs = {name: v for name, v in facts["train"].items() if name not in FREE}
-        data = dict(facts["data"])
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path}: expected step, seconds, log_bytes, train and data") from None
+        own = _facts(trainer)
+        counts = {name: facts[name] for name in ("step", "log_bytes", "seconds")}
+        # A setting that is newer than the run has its default there.
+        theirs = {f.name: f.default for f in fields(trainer.config)} | facts["train"]
+        data, tensors = dict(facts["data"]), facts["tensors"]
+    except (KeyError, AttributeError, TypeError, ValueError):
+        names = "step, seconds, log_bytes, train, data and tensors"
+        raise ValueError(f"{path}: expected {names}") from None
+    for name, value in counts.items():
+        kinds = (int, float) if name == "seconds" else (int,)
+        top = own["train"]["steps"] if name == "step" else 2**62
+        if type(value) not in kinds or not 0 <= value <= top:
+            raise ValueError(f"{path}: {name}: expected 0 to {top}, got {value!r:.80}")
+    if not isinstance(tensors, list):
+        raise ValueError(f"{path}: tensors: expected their names, got {tensors!r:.80}")
+    theirs = {name: v for name, v in theirs.items() if name not in FREE}
     settings = {name: v for name, v in own["train"].items() if name not in FREE}
     for ours, there in ((settings, theirs), (own["data"], data)):
         if ours != there:
@@ -176,7 +214,7 @@ def _check_facts(path: Path, facts: dict[str, Any], own: dict[str, Any]) -> None
 
 def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     names = [n for n in sorted({*ours, *theirs}) if ours.get(n) != theirs.get(n)]
-    parts = [f"{n} {theirs.get(n)!r} as it began, got {ours.get(n)!r}" for n in names]
+    parts = [f"{n} {theirs.get(n)!r:.200} as it began, got {ours.get(n)!r:.200}" for n in names]
     return f"a run goes on with what it began with: expected {'; '.join(parts)}"
 
 
@@ -193,16 +231,28 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     return tensors
 
 
-def _shapes(trainer: Trainer, step: int) -> dict[str, tuple[int, ...]]:
-    """What training.safetensors must have; a parameter without a gradient has no moments."""
+def _check_tensors(
+    path: Path, tensors: dict[str, Tensor], facts: dict[str, Any], trainer: Trainer
+) -> None:
+    """ValueError: not the tensors that were written, or not of the SAE's shapes."""
+    if sorted(tensors) != facts["tensors"]:
+        wrong = sorted({*tensors} ^ {*map(str, facts["tensors"])})
+        raise ValueError(f"{path}: expected the tensors that training.json names, not so: {wrong}")
     shapes = {"tokens_since_fired": tuple(trainer.sae.tokens_since_fired.shape)}
     shapes["random/cpu"] = tuple(torch.get_rng_state().shape)
-    if step:
-        shapes["W_dec/exp_avg_sq"] = tuple(trainer.sae.W_dec.shape)
-    if trainer.ema is not None:
-        averages = trainer.ema.averages.items()
-        shapes |= {f"{name}/ema": tuple(average.shape) for name, average in averages}
-    return shapes
+    for name, p in trainer.sae.named_parameters():
+        if facts["step"] and name == "W_dec":
+            shapes[f"{name}/exp_avg_sq"] = tuple(p.shape)
+        if trainer.ema is not None:
+            shapes[f"{name}/ema"] = tuple(p.shape)
+        shapes |= {n: tuple(p.shape) for n in tensors if n.startswith(f"{name}/exp_avg")}
+        last = tensors.get(f"{name}/last")
+        if last is not None and last.numel() and int(last.max()) > facts["step"]:
+            raise ValueError(f"{path}: {name}/last: expected steps up to {facts['step']}")
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            got = tuple(tensors[name].shape) if name in tensors else "none"
+            raise ValueError(f"{path}: {name}: expected shape {shape}, got {got}")
 
 
 def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
@@ -218,9 +268,6 @@ def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
                 key = name.removeprefix(prefix)
                 if not name.startswith(prefix) or key == "ema":
                     continue
-                if key.startswith("exp_avg") and t.shape != p.shape:
-                    expected = tuple(p.shape)
-                    raise ValueError(f"{name}: expected shape {expected}, got {tuple(t.shape)}")
                 state.setdefault(n, {})[key] = t.clone() if kept else t
             n += 1
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 import tyro
 
 import fastsae
-from fastsae import SAEConfig, TopK, cpu, formats, ops, plan, runs
+from fastsae import SAEConfig, Selection, cpu, formats, ops, plan, runs
 from fastsae.data import open_source, split
 from fastsae.harvest import HarvestConfig, harvest
 from fastsae.models import load_model
@@ -46,15 +47,10 @@ class Demo:
     """How it is trained."""
 
     def run(self) -> None:
-        train, holdout = split(open_source("sample:minilm_l3"), 2048)
-        config = SAEConfig(d_in=train.d_in, d_sae=3072, selection=TopK(32))
         print("activations: all-MiniLM-L6-v2, residual stream after block 3 (fastsae/samples)")
-        settings = self.train.checked()
         if self.out == Demo.out:
             runs.remove(self.out)
-        options = {"data": "sample:minilm_l3", "target": None, "d_sae": 3072, "k": 32}
-        options |= {"holdout": 2048, **asdict(settings)}
-        finish(runs.train(config, train, holdout, settings, self.out, options), self.out)
+        Train("sample:minilm_l3", 3072, self.out, train=self.train).run()
 
 
 @dataclass(frozen=True)
@@ -279,14 +275,18 @@ class Info:
 
 
 def finish(figures: dict[str, Any], out: Path) -> None:
-    """Says how a training ended."""
-    if figures["interrupted"]:
-        print(
-            f"stopped after step {figures['step']} of {figures['steps']}; "
-            f"go on with: fastsae train --resume --out {out}"
-        )
-    else:
-        runs.print_figures(figures, out)
+    """Says how a training ended; where nobody listens any more that is no error."""
+    try:
+        if figures["interrupted"]:
+            print(
+                f"stopped after step {figures['step']} of {figures['steps']}; "
+                f"go on with: fastsae train --resume --out {out}"
+            )
+        else:
+            runs.print_figures(figures, out)
+        sys.stdout.flush()
+    except OSError:  # a terminal that closed; Python would fail once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _absolute(data: str | None) -> str | None:
@@ -356,6 +356,11 @@ def train_options() -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if name not in own}
 
 
+def _k_name(selection: str | None) -> str:
+    """Which parameter of a rule --k is."""
+    return Selection.named(selection or Train.selection).k_name or ""
+
+
 def with_files(args: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Arguments of train with what --resume and --config say put first, and rule parameters."""
     args, parameters = selection_parameters(args)
@@ -374,14 +379,21 @@ def with_files(args: list[str]) -> tuple[list[str], dict[str, Any]]:
         before += given
         if "selection" in options:  # another rule has other parameters
             first = of_rule
+        elif "k" in options:
+            first.pop(_k_name(typed(before, "selection")), None)
     name = typed(args, "selection")
     if name is not None and typed(before, "selection") != name:
         first = {}
+    if typed(args, "k") is not None:  # what is typed overrides the table's
+        first.pop(_k_name(name or typed(before, "selection")), None)
     return before + args, {**first, **parameters}
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line; errors end it with one line on stderr and a status that is not 0."""
+    """Runs the command line; errors end it with one line on stderr and a status that is not 0.
+
+    What is wrong with an argument itself is in the parser's own words, with status 2.
+    """
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     with _errors_in_one_line():
         args = sys.argv[1:] if args is None else args

@@ -60,6 +60,8 @@ class SAEConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        if self.dead_after >= 2**62:
+            raise ValueError(f"dead_after: expected fewer than 2**62 tokens, got {self.dead_after}")
         if self.d_sae >= 2**31:
             raise ValueError(f"d_sae: expected fewer than 2**31 latents, got {self.d_sae}")
         if not isinstance(self.selection, Selection):

@@ -30,6 +30,12 @@ class EMA:
         }
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """The averages are the parameters as they are now."""
+        for name, p in self.sae.named_parameters():
+            self.averages[name].copy_(p)
+
+    @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the parameters after step `step`, counted from 1."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))

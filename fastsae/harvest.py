@@ -29,12 +29,9 @@ Beside the model, the ids of all windows (int32) and one shard are in memory.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -46,7 +43,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastsae.data import permutation
-from fastsae.files import sha256
+from fastsae.files import alone, sha256
 from fastsae.models import LanguageModel, Site, find_module
 from fastsae.shards import (
     DTYPES,
@@ -138,7 +135,7 @@ def harvest(
     batch = config.batch_size
     per_shard = max(1, config.shard_rows // (len(positions) * batch)) * batch
     parts = [order[first : first + per_shard] for first in range(0, len(order), per_shard)]
-    with _alone(out):
+    with alone(out, "harvesting into"):
         runner = _Runner(model, module, config, windows, positions)
         index = {
             "format": FORMAT,
@@ -357,18 +354,3 @@ def _check_room(out: Path, index: dict[str, Any], missing: list[int]) -> None:
     )
     if needed > free:
         raise ValueError(f"{out}: expected {needed} bytes of free space on the disk, got {free}")
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds the folder, which is made: two processes would write to the same files."""
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another process is harvesting into this folder") from None
-        yield
-    finally:
-        os.close(handle)

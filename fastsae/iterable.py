@@ -60,6 +60,10 @@ class IterableSource:
         """Not None where chunks carry targets."""
         return None if self._d_target is None else self
 
+    def identity(self) -> dict[str, Any]:
+        """What tells a stream of rows from others, as far as that is known."""
+        return {"d_in": self.d_in, "d_out": self.d_out, "buffer_rows": self.buffer_rows}
+
     def batches(self, batch_size: int, seed: int = 0, start: int = 0) -> Iterator[Batch]:
         """An endless stream of shuffled batches of exactly batch_size rows, after `start` rows.
 

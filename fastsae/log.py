@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import select
 import sys
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -118,17 +120,29 @@ class RunLog:
             if written != len(data):
                 raise OSError(f"{self.file.name}: {written} of {len(data)} bytes written")
         if self.wandb is not None and "step" in line:
-            self.wandb.log(_flat(line), step=line["step"])
+            try:
+                self.wandb.log(_flat(line), step=line["step"])
+            except Exception as error:  # whatever a service raises: log.jsonl has it all
+                self.wandb = None
+                warnings.warn(f"Weights & Biases gets no more lines: {error}", stacklevel=2)
+
+
+def find_wandb() -> None:
+    """ValueError: wandb is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb: expected the package, got none: pip install wandb")
 
 
 def start_wandb(project: str, out: Path | None, config: dict[str, Any] | None) -> Any:
-    """A Weights & Biases run. ValueError: wandb is not installed."""
-    if importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb: expected the package, got none: pip install wandb")
+    """A Weights & Biases run, the same one for the same folder."""
+    find_wandb()
     import wandb
 
-    name = None if out is None else out.name
-    return wandb.init(project=project, name=name, id=name, resume="allow", config=config)
+    options: dict[str, Any] = {}
+    if out is not None:
+        digest = hashlib.sha256(str(out.resolve()).encode()).hexdigest()
+        options = {"name": out.name, "id": digest[:16], "resume": "allow"}
+    return wandb.init(project=project, config=config, **options)
 
 
 def _finite(value: Any) -> Any:

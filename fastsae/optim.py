@@ -91,6 +91,8 @@ class Adam(torch.optim.Optimizer):
             if p.ndim == 2:
                 ops.collect_row_gradients(p, self)
         self.receiving = False
+        self.finite: Tensor | None = None
+        """0-d bool, on the device, with clip: whether the last step's gradient was finite."""
         self.row_gradients: dict[int, list[ops.RowGradient]] = {}
         self.block_gradients: list[ops.BlockGradient] = []
         self.indices: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
@@ -202,7 +204,7 @@ class Adam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but moments get this optimiser's dtype, not the parameter's."""
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "state": {}})  # which would convert and copy it
         own = (p for group in self.param_groups for p in group["params"])
         theirs = (i for group in state_dict["param_groups"] for i in group["params"])
         for p, i in zip(own, theirs, strict=True):
@@ -234,6 +236,7 @@ class Adam(torch.optim.Optimizer):
         if self.clip is not None:
             norm = self.gradient_norm()
             if isinstance(norm, Tensor):
+                self.finite = norm.isfinite()
                 scale = (self.clip / (norm + 1e-6)).clamp(max=1).where(norm.isfinite(), math.nan)
             elif math.isfinite(norm):
                 scale = min(1.0, self.clip / (norm + 1e-6))

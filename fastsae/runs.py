@@ -22,6 +22,7 @@ from fastsae import checkpoint, metrics, plan
 from fastsae.config import SAEConfig
 from fastsae.data import Source, in_order, open_source, split
 from fastsae.files import appear, read_json, write_json
+from fastsae.log import find_wandb
 from fastsae.report import write_report
 from fastsae.sae import SAE
 from fastsae.selection import Selection
@@ -59,10 +60,13 @@ def options_of(run: Path) -> dict[str, Any]:
 
 
 def check_same(run: Path, options: dict[str, Any]) -> None:
-    """ValueError: a run would go on with other options than it began with."""
+    """ValueError: a run would go on with other options than it began with.
+
+    Where its data lie may change: that they are the same is checked by their rows.
+    """
     began = options_of(run)
-    for name in sorted({*began, *options} - set(checkpoint.FREE)):
-        if began.get(name) != options.get(name):
+    for name in sorted(began.keys() - {*checkpoint.FREE, "data", "target"}):
+        if began[name] != options.get(name):
             raise ValueError(
                 f"{run / 'run.json'}: a run goes on with what it began with: expected {name} "
                 f"{began.get(name)!r}, got {options.get(name)!r}"
@@ -84,17 +88,18 @@ def train(
 
     Where the training was interrupted it returns what `Trainer.run` does.
     """
-    resume = resume and (out / "run.json").exists()
-    if resume:
+    if resume and (out / "run.json").exists():
         check_same(out, options)
     else:
         check_new(out)
+    if settings.wandb is not None:
+        find_wandb()
     if device == "cpu":
         plan.check(plan.plan(config, settings), plan.available())
     held = holdout if holdout.n_rows else None
     sae = SAE(config, seed=settings.seed, device=device)
     trainer = Trainer(sae, rows, settings, out=out, holdout=held)
-    resume = resume and trainer.resume()
+    trainer.resume()
     out.mkdir(parents=True, exist_ok=True)
     appear(out / "run.json", lambda partial: write_json(partial, options))
     try:
@@ -168,11 +173,17 @@ def report_run(run: Path, data: str | None) -> Path:
 def _sae_of(run: Path) -> SAE:
     if (run / "sae.safetensors").exists():
         return SAE.load(run)
-    return SAE.load(checkpoint.latest(run) or run)
+    return checkpoint.load_sae(checkpoint.latest(run) or run)
 
 
 def _split_of(run: Path, gradients: bool) -> tuple[Source, Source]:
     options = options_of(run)
+    for name, kinds in (("data", (str,)), ("target", (str, type(None))), ("holdout", (int,))):
+        if not isinstance(options.get(name), kinds):
+            got = repr(options.get(name))
+            raise ValueError(
+                f"{run / 'run.json'}: {name}: expected it as train wrote it, got {got}"
+            )
     whole = open_source(options["data"], options["target"], gradients=gradients)
     return split(whole, options["holdout"])
 

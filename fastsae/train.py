@@ -25,6 +25,7 @@ import torch
 from fastsae import checkpoint, metrics, ops
 from fastsae.data import Batch, Source, in_order
 from fastsae.ema import EMA
+from fastsae.files import alone
 from fastsae.iterable import IterableSource
 from fastsae.log import RunLog
 from fastsae.optim import Adam
@@ -176,14 +177,17 @@ class Trainer:
                 backend=sae.backend,
             )
         self.ema = None if config.ema is None else EMA(sae, config.ema)
-        # On a GPU a step does not wait: a loss that is not finite writes nothing, and is raised at
-        # the next line of the log.
+        # On a GPU a step does not wait for what it computed: a loss or gradient that is not finite
+        # writes nothing, and is raised at the next line of the log.
         self.on_device = self.engine()["backend"] == "triton" and isinstance(self.optimizer, Adam)
         self.all_finite = torch.ones((), dtype=torch.bool, device=sae.W_dec.device)
+        self.data = source.identity()  # now: a file may be cut short later
         self.step_count = 0
         self.seconds = 0.0
         """What the steps took so far, without evaluations and checkpoints; in all processes."""
         self.log_bytes = 0
+        self.continues = False
+        """Whether what is in `out` is this run's own."""
 
     # ---- one step ----
 
@@ -195,7 +199,7 @@ class Trainer:
         x, target, _ = self._moved(next(self.source.batches(n, self.config.seed)))
         self.sae.initialize_from_(x, target, scale=self.config.scale, b_dec=self.config.b_dec)
         if self.ema is not None:
-            self.ema = EMA(self.sae, self.ema.decay)
+            self.ema.restart()
 
     def step(self, batch: Batch) -> SAEOutput:
         """One optimiser step; returns what the SAE made of the batch, or its last part, before it.
@@ -227,6 +231,8 @@ class Trainer:
             group["lr"] = self.lr * config.lr_factor(self.step_count)
         if isinstance(optimizer, Adam):  # projects, clips and normalises itself
             optimizer.step(valid=all_finite if self.on_device else None)
+            if optimizer.finite is not None:
+                self.all_finite &= optimizer.finite
         else:
             sae.project_decoder_gradient_()
             if config.clip is not None:
@@ -249,7 +255,11 @@ class Trainer:
     # ---- the run ----
 
     def resume(self) -> bool:
-        """Goes back to the run's newest checkpoint; False where there is none."""
+        """Goes back to the run's newest checkpoint; False where there is none: `run` then begins.
+
+        ValueError: it is not whole, or of other data, another SAE or other settings.
+        """
+        self.continues = True
         folder = None if self.out is None else checkpoint.latest(self.out)
         if folder is None:
             return False
@@ -270,8 +280,25 @@ class Trainer:
 
         Initialises first, if no step was taken. With `out`, SIGINT, SIGTERM and SIGHUP let it
         finish the step, save a checkpoint and return with interrupted = True; a second SIGINT is a
-        KeyboardInterrupt.
+        KeyboardInterrupt. ValueError: `out` holds another run (`resume` goes on with it), or
+        another process trains into it.
         """
+        with contextlib.ExitStack() as stack:
+            if self.out is not None:
+                self._check_new(self.out)
+                stack.enter_context(alone(self.out, "training into"))
+                checkpoint.remove_leftovers(self.out)
+            return self._run(progress, on_step)
+
+    def _check_new(self, out: Path) -> None:
+        log = out / "log.jsonl"
+        if not self.continues and (checkpoint.latest(out) or (log.exists() and log.stat().st_size)):
+            raise ValueError(f"{out}: expected a new run directory, or resume() first, got a run's")
+        self.continues = True
+
+    def _run(
+        self, progress: bool, on_step: Callable[[int, SAEOutput], None] | None
+    ) -> dict[str, float]:
         config, first_step = self.config, self.step_count
         eval_every = config.eval_every or max(1, config.steps // 10)
         log = RunLog(
@@ -294,7 +321,8 @@ class Trainer:
             while self.step_count < config.steps and not stop.is_set():
                 line = None
                 with self._timed():
-                    batch = self._next(batches)
+                    with self._not_to_blame():
+                        batch = next(batches)
                     output = self.step(batch)
                     last = self.step_count == config.steps
                     if last or self.step_count % config.log_every == 0:
@@ -306,14 +334,18 @@ class Trainer:
                     log.bar.set_postfix(loss=f"{line['loss']:.4f}", dead=line["n_dead"])
                     log.write({**self._place(), **line})
                 if self.holdout is not None and (last or self.step_count % eval_every == 0):
-                    log.write({"step": self.step_count, "eval": self.evaluate(self.holdout)})
+                    with self._not_to_blame():
+                        figures = self.evaluate(self.holdout, stop)
+                    if figures:
+                        log.write({"step": self.step_count, "eval": figures})
                 self.log_bytes = log.n_bytes
                 if self.out is not None and self.step_count % config.checkpoint_every == 0:
                     self.save()
             self.sae.progress = min(1.0, self.step_count / config.steps)
-            self.check_finite()
             interrupted = self.step_count < config.steps
-            if self.out is not None and self.step_count:
+            if self.out is None or not self.step_count:
+                self.check_finite()
+            else:
                 self.save()
                 if not interrupted:
                     with self.averaged():
@@ -332,10 +364,12 @@ class Trainer:
         yield
         self.seconds += time.perf_counter() - start
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    @contextlib.contextmanager
+    def _not_to_blame(self) -> Iterator[None]:
+        """Around what only reads: the state is whole, so it is not lost with an error."""
         try:
-            return next(batches)
-        except Exception:  # the state is not to blame, so it is not lost
+            yield
+        except Exception:
             if self.out is not None and self.step_count:
                 self.save()
             raise
@@ -344,10 +378,10 @@ class Trainer:
         """Within it the SAE has the averaged weights, where the settings ask for an average."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
-    def evaluate(self, source: Source) -> dict[str, Any]:
-        """`evaluate` of the (averaged) weights."""
+    def evaluate(self, source: Source, stop: threading.Event | None = None) -> dict[str, Any]:
+        """`evaluate` of the (averaged) weights; nothing where `stop` is set before it is done."""
         with self.averaged():
-            return evaluate(self.sae, source)
+            return evaluate(self.sae, source, stop=stop)
 
     def settings(self) -> dict[str, Any]:
         """Both configurations as plain data."""
@@ -447,7 +481,9 @@ def _check_widths(sae: SAE, source: Source | IterableSource) -> None:
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, Any]:
+def evaluate(
+    sae: SAE, source: Source, batch_size: int = 4096, *, stop: threading.Event | None = None
+) -> dict[str, Any]:
     """One pass over a source: fvu, explained_variance, l0, dead_share and firing_frequency.
 
     fvu = Σ‖e‖² / Σ‖y - ȳ‖² over all rows (y = x, or a transcoder's target), explained_variance = 1
@@ -465,6 +501,8 @@ def evaluate(sae: SAE, source: Source, batch_size: int = 4096) -> dict[str, Any]
     active = training_active = 0.0
     try:
         for batch in in_order(source, batch_size):
+            if stop is not None and stop.is_set():
+                return {}
             x, target, gradient = (None if t is None else t.to(counts.device) for t in batch)
             assert x is not None
             y = x if target is None else target

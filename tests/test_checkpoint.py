@@ -20,11 +20,12 @@ from test_train import make, rows
 
 from fastsae import SAE, TopK, checkpoint, cli
 from fastsae.data import Source, open_source, split
+from fastsae.files import alone
 from fastsae.iterable import IterableSource
 from fastsae.sae import SAEOutput
 from fastsae.selection import Selection
 from fastsae.shards import write_index, write_shard
-from fastsae.train import TrainConfig, Trainer
+from fastsae.train import TrainConfig, Trainer, evaluate
 
 SETTINGS = TrainConfig(steps=21, batch_size=32, lr=1e-2, checkpoint_every=4, log_every=5, keep=2)
 
@@ -241,6 +242,7 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
         ({"ema": 0.9}, data, "ema None as it began, got 0.9"),
         ({"rule": TopK(5)}, data, "config.json: .*selection .*'k': 4.* as it began"),
         ({}, open_source(rows(99, 16)), "n_rows 100 as it began, got 99"),
+        ({}, open_source(rows(100, 16, seed=1)), "rows '.*' as it began, got '"),
     ]
     for options, other, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -251,7 +253,7 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
 DAMAGE: dict[str, tuple[str, Any, str]] = {
     "no-json": ("training.json", None, "no such file"),
     "cut-json": ("training.json", b'{"step": 4', "not readable as JSON"),
-    "empty-json": ("training.json", b"{}", "expected step, seconds, log_bytes, train and data"),
+    "empty-json": ("training.json", b"{}", "expected step, seconds, log_bytes, train, data and"),
     "list": ("training.json", b"[]", "expected a JSON object, got list"),
     "no-tensors": ("training.safetensors", None, "no such file"),
     "cut-tensors": ("training.safetensors", 0.7, "training.safetensors: "),
@@ -281,9 +283,18 @@ def test_a_damaged_checkpoint_is_refused(
     ("change", "message"),
     [
         ({"W_enc/exp_avg": torch.zeros(3, 4)}, r"W_enc/exp_avg: expected shape \(64, 16\), got"),
-        ({"W_dec/exp_avg_sq": None}, "expected W_dec/exp_avg_sq, got none"),
+        (
+            {"W_dec/exp_avg_sq": None},
+            r"tensors that training.json names, not so: \['W_dec/exp_avg_",
+        ),
+        ({"W_enc/last": torch.full((64,), 99, dtype=torch.int32)}, "W_enc/last: expected steps up"),
+        ({"more": torch.zeros(3)}, r"not so: \['more'\]"),
         ({"tokens_since_fired": torch.zeros(3, dtype=torch.int64)}, "tokens_since_fired: expected"),
-        ({"random/cpu": None}, "expected random/cpu, got none"),
+        ({"random/cpu": None}, r"not so: \['random/cpu'\]"),
+        (
+            {"random/cpu": torch.zeros(3, dtype=torch.uint8)},
+            r"random/cpu: expected shape \(5056,\)",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
@@ -306,6 +317,130 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_not_written(tmp_path: Pa
     with pytest.raises(FloatingPointError, match="step 6: expected a finite W_dec"):
         trainer.save()
     assert sorted(f.name for f in out.glob("step-*")) == ["step-4"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 10**18}, "step: expected 0 to 21, got 1000000000000000000"),
+        ({"step": True}, "step: expected 0 to 21, got True"),
+        ({"step": 7}, "step: expected that of the folder's name"),
+        ({"seconds": float("nan")}, "seconds: expected 0 to"),
+        ({"log_bytes": -1}, "log_bytes: expected 0 to"),
+        ({"tensors": None}, "tensors: expected their names, got None"),
+        ({"train": [1]}, "expected step, seconds, log_bytes, train"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    data, out = open_source(rows(100, 16)), tmp_path / "run"
+    trained(out, data, 6)
+    path = out / "step-4" / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        trained(out, data)
+
+
+def test_a_setting_that_is_newer_than_a_run_had_its_default(tmp_path: Path) -> None:
+    data, out = open_source(rows(100, 16)), tmp_path / "run"
+    trained(out, data, 6)
+    path = out / "step-4" / "training.json"
+    facts = json.loads(path.read_text())
+    del facts["train"]["decay"]
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="decay 'linear' as it began, got 'cosine'"):
+        trained(out, data, decay="cosine")
+    assert trained(out, data).step_count == 21
+
+
+def test_a_run_is_not_begun_over_another_one(tmp_path: Path) -> None:
+    data = open_source(rows(100, 16))
+    trained(tmp_path, data, 6)
+    before = contents(tmp_path / "step-4")
+    trainer = Trainer(make(), data, SETTINGS, out=tmp_path)
+    with pytest.raises(ValueError, match="expected a new run directory, or resume"):
+        trainer.run(progress=False)
+    assert contents(tmp_path / "step-4") == before
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path: Path) -> None:
+    data = open_source(rows(100, 16))
+    with alone(tmp_path, "training into"):
+        with pytest.raises(ValueError, match="another process is training into this folder"):
+            trained(tmp_path, data)
+    assert trained(tmp_path, data).step_count == 21
+
+
+def test_a_copy_whose_links_were_followed_goes_on(tmp_path: Path) -> None:
+    data, out, copy = open_source(rows(100, 16)), tmp_path / "run", tmp_path / "copy"
+    trained(out, data, 6)
+    shutil.copytree(out, copy)  # follows links: `latest` is a folder now
+    assert not (copy / "latest").is_symlink()
+    trained(copy, data)
+    trained(out, data)
+    same_state(out / "step-21", copy / "step-21")
+    assert os.readlink(copy / "latest") == "step-21"
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = open_source(rows(100, 16)), tmp_path / "run"
+
+    def refused(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    trained(out, data, 13)
+    assert not (out / "latest").exists()
+    trained(out, data)
+    assert checkpoint.latest(out) == out / "step-21"
+    trained(tmp_path / "whole", data)
+    same_state(tmp_path / "whole" / "step-21", out / "step-21")
+
+
+def test_foreign_files_stay(tmp_path: Path) -> None:
+    (tmp_path / "step-mine.tmp").mkdir()
+    (tmp_path / "notes.tmp").write_text("mine")
+    (tmp_path / "step-03x").write_text("no checkpoint")
+    trained(tmp_path, open_source(rows(100, 16)))
+    assert (tmp_path / "step-mine.tmp").is_dir() and (tmp_path / "notes.tmp").exists()
+    assert (tmp_path / "step-03x").exists() and not list(tmp_path.glob("*.old.tmp"))
+
+
+def test_torchs_random_state_goes_on(tmp_path: Path) -> None:
+    data = open_source(rows(100, 16))
+    trainer = trained(tmp_path, data, 4)
+    torch.manual_seed(5)
+    trainer.step_count += 1
+    trainer.save()
+    expected = torch.rand(3)
+    again = Trainer(make(selection=TopK(4), dead_after=60), data, SETTINGS, out=tmp_path)
+    assert again.resume() and torch.equal(torch.rand(3), expected)
+
+
+def test_the_average_is_what_is_evaluated(tmp_path: Path) -> None:
+    data = open_source(rows(100, 16))
+    trained(tmp_path, data, 9, ema=0.9)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-8"
+    trainer = Trainer(make(dead_after=60), data, replace(SETTINGS, ema=0.9), out=tmp_path)
+    assert trainer.resume()
+    assert trainer.evaluate(data) == evaluate(checkpoint.load_sae(tmp_path / "step-8"), data)
+    assert evaluate(trainer.sae, data)["fvu"] != trainer.evaluate(data)["fvu"]
+
+
+def test_a_stop_request_in_an_evaluation(tmp_path: Path) -> None:
+    data = open_source(rows(100, 16))
+    settings = replace(SETTINGS, eval_every=5)
+    trainer = Trainer(make(), data, settings, out=tmp_path, holdout=data)
+
+    def stop(step: int, _: SAEOutput) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert trainer.run(progress=False, on_step=stop)["interrupted"]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines[1:]] == [5] and "loss" in lines[-1]
+    assert os.readlink(tmp_path / "latest") == "step-5"
 
 
 # ---- real processes ----
@@ -339,7 +474,7 @@ def test_kill_at_random_moments(tmp_path: Path, acts: str) -> None:
     more = ("--steps", "2000", "--checkpoint-every", "10")
     whole = tmp_path / "whole"
     process = started(acts, str(whole), *more)
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 0
     rng = random.Random(0)
     kills, steps = 0, set()
@@ -351,11 +486,13 @@ def test_kill_at_random_moments(tmp_path: Path, acts: str) -> None:
             if kills % 2:  # at any moment, at the start too
                 process.join(rng.uniform(0.02, 0.4))
             elif kills < 50:  # soon after it came further
+                deadline = time.monotonic() + 120
                 while process.exitcode is None and checkpoint.latest(out) == folder:
+                    assert time.monotonic() < deadline
                     time.sleep(0.001)
                 process.join(rng.uniform(0, 0.05))
             else:
-                process.join(120)
+                process.join(300)
             if process.exitcode is not None:
                 break
             os.kill(process.pid, signal.SIGKILL)
@@ -393,9 +530,13 @@ def test_a_stop_request_saves_and_exits_with_0(tmp_path: Path, acts: str, number
     SAE.load(folder)
 
 
-def test_data_that_shrink_in_the_middle_of_a_run(tmp_path: Path, acts: str) -> None:
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_data_that_shrink_in_the_middle_of_a_run(
+    tmp_path: Path, acts: str, evaluates: bool
+) -> None:
     data, out = open_source(acts), tmp_path / "run"
-    trainer = Trainer(make(), data, replace(SETTINGS, checkpoint_every=1000), out=out)
+    settings = replace(SETTINGS, checkpoint_every=1000, eval_every=9)
+    trainer = Trainer(make(), data, settings, out=out, holdout=data if evaluates else None)
 
     def cut(step: int, _: SAEOutput) -> None:
         if step == 9:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from test_train import log_lines, make, source, train
 
+from fastsae import log as log_module
 from fastsae.log import RunLog, Terminal
 from fastsae.train import TrainConfig, Trainer
 
@@ -91,10 +92,24 @@ def test_weights_and_biases_get_the_same_lines(
     Trainer(make(), source(), settings, out=out, holdout=source(40)).run(progress=False)
     options, *lines, code = calls
     assert (options["project"], options["name"], options["resume"]) == ("saes", "mine", "allow")
+    assert len(options["id"]) == 16
     assert options["config"]["train"]["steps"] == 4 and code == 0
     assert [step for step, _ in lines] == [2, 4, 4]
     *_, last = log_lines(out)
     assert lines[-1][1]["eval/fvu"] == last["eval"]["fvu"]
+
+
+def test_weights_and_biases_that_fail_do_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(line: Any, step: int) -> None:
+        raise RuntimeError("no network")
+
+    run = types.SimpleNamespace(log=fail, finish=lambda exit_code: None)
+    monkeypatch.setattr(log_module, "start_wandb", lambda *_: run)
+    with pytest.warns(UserWarning, match="gets no more lines: no network"):
+        train(make(), source(), out=tmp_path, steps=4, log_every=1, wandb="saes")
+    assert [line["step"] for line in log_lines(tmp_path) if "loss" in line] == [1, 2, 3, 4]
 
 
 def test_weights_and_biases_that_are_not_there(tmp_path: Path) -> None:

@@ -54,10 +54,12 @@ def test_a_file_is_the_same_as_arguments(acts: Path, tmp_path: Path) -> None:
         assert len({(run / name).read_bytes() for run in runs}) == 1, name
     # What is typed comes after what a file says, and a run's options are a file like any other.
     over = ["--config", str(runs[0] / "run.json"), "--k", "2", "--selection", "topk", "--scale"]
-    cli.main(["train", *over, "--selection.k=2", "--out", str(tmp_path / "over")])
+    cli.main(["train", *over, "--out", str(tmp_path / "over")])
     resolved = json.loads((tmp_path / "over" / "run.json").read_text())
     assert resolved["selection"]["name"] == "topk" and resolved["k"] == 2 and resolved["scale"]
-    assert resolved["ema"] == 0.5
+    assert resolved["ema"] == 0.5 and resolved["selection"]["k"] == 2
+    given, parameters = cli.with_files(["--config", str(runs[0] / "run.json"), "--k", "5"])
+    assert "k" not in parameters and parameters["decay"] and given[-2:] == ["--k", "5"]
 
 
 WRONG: dict[str, tuple[str, str]] = {

@@ -535,8 +535,9 @@ def test_a_run_directory(tmp_path: Path) -> None:
 
 def test_the_last_step_is_logged_once(tmp_path: Path) -> None:
     for steps, log_every, logged in ((4, 2, [2, 4]), (3, 5, [3]), (3, 1, [1, 2, 3])):
-        train(make(), source(), out=tmp_path, steps=steps, log_every=log_every)
-        assert [line["step"] for line in log_lines(tmp_path)[1:]] == logged
+        out = tmp_path / f"{steps}-{log_every}"
+        train(make(), source(), out=out, steps=steps, log_every=log_every)
+        assert [line["step"] for line in log_lines(out)[1:]] == logged
 
 
 def test_run_reports_what_it_took(capsys: pytest.CaptureFixture[str]) -> None:
