@@ -1,6 +1,7 @@
 """The command line, as a person meets it: in a process of its own."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -169,6 +170,46 @@ def test_a_run_is_interrupted_resumed_and_evaluated(acts: Path, tmp_path: Path) 
         cwd=acts.parent,
     )
     assert SAE.load(tmp_path / "new").config.d_sae == 64
+
+
+def test_nobody_listens(acts: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fastsae", "train", "--data", str(acts), "--d-sae", "64"]
+    command += ["--k", "4", "--steps", "3", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_run_json_of_someone_else(acts: Path, tmp_path: Path) -> None:
+    run("train", "--data", acts, "--d-sae", 64, "--k", 4, "--steps", 2, "--out", tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    for text, message in (("{}", "data: expected it as train wrote it, got None"), ("[", "JSON")):
+        path.write_text(text)
+        for command in ("eval", "report"):
+            assert message in run(command, tmp_path / "run", code=1).stderr
+
+
+def test_plan(tmp_path: Path) -> None:
+    options = ("--d-in", 2688, "--d-sae", 2**20, "--k", 32)
+    found = json.loads(run("plan", *options, "--memory-gb", 80, "--json").stdout)
+    assert found["weights"] == 4 * (2 * 2688 * 2**20 + 2**20 + 2688)
+    assert 2 * found["weights"] < found["moments"] < 2.01 * found["weights"]
+    assert found["gradients"] == 0 and found["fits"] and 67e9 < found["memory"] < 70e9
+    dense = json.loads(run("plan", *options, "--optimizer", "torch-adam", "--json").stdout)
+    assert dense["gradients"] == found["weights"]
+    text = run("plan", *options, "--memory-gb", 60).stdout
+    assert "does not fit" in text and "60.00 GB are there" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_cannot_fit_is_refused_early(acts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = run("train", "--data", acts, "--d-sae", 2**31 - 1, "--out", out, code=1)
+    assert "expected a training that fits the memory" in done.stderr and not out.exists()
+    assert "weights" in done.stderr and "does not fit" in done.stderr
 
 
 def test_a_finished_run_is_not_overwritten(acts: Path, tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""The plan of a training against what a training takes, in a process of its own."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from common import run_child
+
+from fastsae import SAEConfig, TopK
+from fastsae.plan import available, check, plan, table
+from fastsae.train import TrainConfig
+
+N, D, F = 256, 128, 65536
+RUN = """
+import json, resource, sys
+from fastsae.cli import main
+main(sys.argv[1:])
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+"""
+CASES = {
+    "adam": {},
+    "ema": {"ema": 0.9},
+    "beta1-0": {"beta1": 0.0},
+    "torch-adam": {"optimizer": "torch-adam"},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_memory(tmp_path: Path, options: dict) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((1024, D), np.float32))
+    arguments = ["--data", str(tmp_path / "x.npy"), "--d-sae", str(F), "--out", f"{tmp_path}/run"]
+    arguments += ["--batch-size", str(N), "--steps", "2", "--holdout", "0"]
+    for name, value in options.items():
+        arguments += [f"--{name}", str(value)]
+    peak = json.loads(run_child(RUN, "train", *arguments).splitlines()[-1])
+    found = plan(SAEConfig(D, F, TopK(32)), TrainConfig(steps=2, batch_size=N, **options))
+    # "At most", but for what differs between machines: threads' stacks and buffers, libraries.
+    assert peak - (64 << 20) < found.memory < peak + (200 << 20)
+    used = sum(f.stat().st_size for f in (tmp_path / "run").rglob("*") if f.is_file())
+    # Here is one checkpoint; the plan has those that are kept and one more.
+    one = found.weights + found.moments + found.average + found.counters
+    assert used == pytest.approx(one + found.weights, rel=0.02)
+    assert found.checkpoints == (2 + 1) * one + found.weights
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_bf16_halves() -> None:
+    config = SAEConfig(D, F, TopK(32), dtype="bfloat16")
+    wide, narrow = (plan(config, TrainConfig(), bf16_state=low) for low in (False, True))
+    assert wide.weights * 2 == plan(SAEConfig(D, F, TopK(32)), TrainConfig()).weights
+    assert 1.9 < wide.moments / narrow.moments < 2
+
+
+def test_what_does_not_fit_is_refused_with_the_table() -> None:
+    found = plan(SAEConfig(D, F, TopK(32)), TrainConfig())
+    check(found, found.memory)
+    with pytest.raises(MemoryError, match=r"(?s)fits the memory, got\nweights .*does not fit"):
+        check(found, found.memory - found.step - 1)
+    assert table(found, found.memory).endswith("fits")
+
+
+def test_available_is_some_of_the_machines() -> None:
+    assert 1 << 20 < available() < 1 << 50
