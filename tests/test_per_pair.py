@@ -571,6 +571,21 @@ def test_training_starts_with_the_share_of_the_target_that_was_asked_for(cls, st
     assert float(out.metrics["l0"]) == pytest.approx(1.2 * start, rel=0.25)
 
 
+def test_the_start_keeps_no_more_pairs_than_a_step(monkeypatch):
+    """A sample with more has fewer of its tokens looked at."""
+    monkeypatch.setattr(per_pair, "MAX_PAIRS", 600)
+    kept = []
+    encode_batch = per_pair.ops.encode_batch
+    monkeypatch.setattr(
+        per_pair.ops,
+        "encode_batch",
+        lambda *a, **k: kept.append(k["budget"]) or encode_batch(*a, **k),
+    )
+    sae, x = started(ReLU(l0=12.0, start=2.0))
+    assert kept == [600]
+    assert float(sae.eval().losses(x).metrics["l0"]) == pytest.approx(24, rel=0.1)
+
+
 @pytest.mark.parametrize("cls", [JumpReLU, Gated, ReLU])
 @pytest.mark.parametrize("parameters", [{}, {"l0": 1.5, "start": 0.0}], ids=["no-l0", "start-0"])
 def test_the_published_start(cls, parameters):
