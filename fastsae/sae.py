@@ -355,7 +355,7 @@ class SAE(nn.Module):
         k_aux = c.k_aux or max(1, c.d_in // 2)
         b_enc: Tensor | None = self.b_enc
         lift = None
-        if c.auxk in losses.KEEPS_NEGATIVE:  # encode keeps what is positive: lift all above 0
+        if c.auxk in losses.KEEPS_NEGATIVE:  # encode keeps what is positive: all h are lifted
             lift = self._most_negative(tokens, dead)
             b_enc = lift.expand(c.d_sae) if b_enc is None else self._wide(b_enc) + lift
         vals, idx = ops.encode(

@@ -10,6 +10,7 @@ from common import backends, randn, refusals, threads
 from torch import Tensor
 
 from fastsae import SAE, SAEConfig
+from fastsae.data import open_source
 from fastsae.optim import Adam
 from fastsae.selection import (
     Call,
@@ -22,6 +23,7 @@ from fastsae.selection import (
     State,
     per_pair,
 )
+from fastsae.train import TrainConfig, Trainer, evaluate
 
 N, D, D_OUT, F = 9, 6, 5, 12
 RULES = {
@@ -385,14 +387,13 @@ def test_the_pre_activation_loss_brings_dead_latents_back():
             sae.b_enc[:8] = -5.0
         out = sae.losses(x)
         assert ("pre_act" in out.losses) == bool(coef) and out.metrics["n_dead"] >= 8
-        weighted = float(out.losses["pre_act"]) * coef if coef else 0.0
-        others = out.losses["mse"] + rule.l0_coef * out.losses["sparsity"]
-        auxk = sae.config.auxk_coef * out.losses["auxk"]
-        assert out.loss.item() == pytest.approx(float(others + auxk) + weighted, rel=1e-4)
+        coefs = {"sparsity": rule.l0_coef, "auxk": sae.config.auxk_coef, "pre_act": coef, "mse": 1}
+        expected = sum(coefs[name] * value.item() for name, value in out.losses.items())
+        assert out.loss.item() == pytest.approx(expected, rel=1e-4)
         optimizer = Adam(sae.parameters(), lr=0.02, unit_rows=[sae.W_dec])
         for _ in range(150):
             optimizer.zero_grad()
-            sae.losses(x).loss.backward()
+            sae.losses(x[:512]).loss.backward()
             optimizer.step()
         found.append(int(sae.eval().losses(x).firing_counts[:8].count_nonzero()))
     assert found[0] == 0 and found[1] > 4
@@ -571,6 +572,21 @@ def test_training_starts_with_the_share_of_the_target_that_was_asked_for(cls, st
     assert float(out.metrics["l0"]) == pytest.approx(1.2 * start, rel=0.25)
 
 
+def test_the_start_keeps_no_more_pairs_than_a_step(monkeypatch):
+    """A sample with more has fewer of its tokens looked at."""
+    monkeypatch.setattr(per_pair, "MAX_PAIRS", 600)
+    kept = []
+    encode_batch = per_pair.ops.encode_batch
+    monkeypatch.setattr(
+        per_pair.ops,
+        "encode_batch",
+        lambda *a, **k: kept.append(k["budget"]) or encode_batch(*a, **k),
+    )
+    sae, x = started(ReLU(l0=12.0, start=2.0))
+    assert kept == [600]
+    assert float(sae.eval().losses(x).metrics["l0"]) == pytest.approx(24, rel=0.1)
+
+
 @pytest.mark.parametrize("cls", [JumpReLU, Gated, ReLU])
 @pytest.mark.parametrize("parameters", [{}, {"l0": 1.5, "start": 0.0}], ids=["no-l0", "start-0"])
 def test_the_published_start(cls, parameters):
@@ -587,6 +603,21 @@ def test_the_start_of_the_gate_is_not_that_of_the_magnitudes():
     h = (x * sae.input_scale - sae.b_dec) @ sae.W_enc.T
     torch.testing.assert_close(codes, h.where(h > -sae.b_enc[0], 0))
     assert sae.b_enc[0] < -1
+
+
+@pytest.mark.parametrize("cls", [JumpReLU, Gated, ReLU])
+def test_a_short_training_learns(cls):
+    """From biases of 0 Gated has an FVU of 0.70 here and ReLU of 0.89, after 200 blocked steps."""
+    directions = torch.nn.functional.normalize(randn(200, 32), dim=1)
+    active = torch.rand(20000, 200, generator=torch.Generator().manual_seed(1)) < 0.02
+    strength = torch.rand(20000, 200, generator=torch.Generator().manual_seed(2))
+    source = open_source((active * strength) @ directions + 0.02 * randn(20000, 32, seed=3))
+    sae, sparse = SAE(SAEConfig(32, 256, cls(l0=4.0))), []
+    trainer = Trainer(sae, source, TrainConfig(steps=300, batch_size=256, lr=3e-3))
+    trainer.run(progress=False, on_step=lambda _, out: sparse.append(out.codes is not None))
+    found = evaluate(sae, source)
+    assert len(sparse) == 300 and all(sparse)
+    assert found["fvu"] < 0.35 and 3.8 < found["l0"] < 6.5
 
 
 def test_where_nothing_is_positive_the_start_is_the_published_one():

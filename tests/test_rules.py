@@ -368,6 +368,25 @@ def test_zipf_budgets_add_up(f: int, total: int, cap: float) -> None:
     assert (budgets.diff() <= 0).all()
 
 
+@pytest.mark.parametrize("name", ["topk-annealed", "relu-annealed", "feature-choice"])
+def test_schedules_move_under_torch_compile(name: str) -> None:
+    """An annealed k is a constant of each graph: one that moved as a symbol was an error."""
+    found, expected = make(RULES[name], "cpu"), make(RULES[name], "cpu")
+    torch.compiler.reset()
+    compiled = torch.compile(found.losses, backend="aot_eager")
+    for step, progress in enumerate((0.0, 0.1, 0.35, 0.95)):
+        x, _ = inputs(step)
+        losses = []
+        for sae, step_of in ((found, compiled), (expected, expected.losses)):
+            sae.progress = progress
+            sae.zero_grad()
+            out = step_of(x)
+            out.loss.backward()
+            losses.append(out.loss.detach())
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.W_enc.grad, expected.W_enc.grad, rtol=1e-5, atol=1e-7)
+
+
 def test_feature_choice_spends_every_latents_budget() -> None:
     rule = FeatureChoice(K, warmup=0.0)
     sae, (x, _) = make(rule, "cpu"), inputs()

@@ -34,10 +34,13 @@ from fastsae.reference import TooManyPairs
 from fastsae.selection.base import Call, Reconstruction, Selected, Terms, check_number
 from fastsae.sums import total
 
+MAX_PAIRS = 2**22
+"""How many pairs are kept at once, at about 100 bytes each."""
+
 
 def pair_limit(n_tokens: int, n_latents: int) -> int:
-    """How many pairs a training step keeps, at about 100 bytes each."""
-    return min(n_tokens * n_latents // 20, 2**22)
+    """How many pairs a training step keeps."""
+    return min(n_tokens * n_latents // 20, MAX_PAIRS)
 
 
 class PerPair:
@@ -66,9 +69,11 @@ class PerPair:
     def start_(self, call: Call) -> None:
         if self.l0 is None or not self.start:
             return
-        budget = round(self.start * self.l0 * len(call.x))
+        per_token = self.start * self.l0
+        x = call.x[: max(1, int(MAX_PAIRS / per_token))]
+        budget = round(per_token * len(x))
         h, idx, _ = ops.encode_batch(
-            call.x, call.W_enc, None, call.pre_bias, budget=budget, **call.options
+            x, call.W_enc, None, call.pre_bias, budget=budget, **call.options
         )
         if bool((idx >= 0).any()):
             self.exceed_(call, h.where(idx >= 0, torch.inf).min())
