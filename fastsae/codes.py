@@ -95,6 +95,11 @@ class Codes:
         active = (self.idx >= 0) & (self.vals != 0)
         return self.idx[active].long().bincount(minlength=self.n_latents)
 
+    def only(self, kept: Tensor) -> Codes:
+        """The same codes with padding where `kept` (bool, as idx) is false."""
+        vals, idx = self.vals.where(kept, 0), self.idx.where(kept, -1)
+        return Codes(vals, idx, self.n_latents, self.row_ptr)
+
     def to_dense(self) -> Tensor:
         """The (N, n_latents) matrix. Differentiable in vals."""
         idx = self.idx.reshape(-1)
