@@ -76,6 +76,8 @@ class FusedTrainer(SAETrainer):
         loss = self._log(self.leaves, x.to(self.device), step, False).losses["loss"]
         loss.backward()
         self.optimizer.step()
+        if step == 0:  # Adam leaves the rows alone that nothing has touched yet
+            ops.normalize_rows_(self.leaves[2])
         self.scheduler.step()
         return loss.item()
 
