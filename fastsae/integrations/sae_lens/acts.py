@@ -63,9 +63,9 @@ class Source(NamedTuple):
                     "hidden_pre: expected to be read before the weights change, got a later read"
                 )
             h = x @ rows.T + b_enc
-            return h * scale[0] if scale else h
+            return (h * scale[0]).to(h.dtype) if scale else h
 
-        inputs = [self.x, self.rows, self.b_enc]
+        inputs = [self.x, self.rows, self.b_enc.clone()]  # b_enc as it is now
         hidden_pre = lazy(make, shape, *inputs, *([] if self.scale is None else [self.scale]))
         hidden_pre.origin = self
         return hidden_pre

@@ -23,6 +23,8 @@ from fastsae.selection.per_pair import pair_limit
 
 BLOCK = 2**22
 """Elements of a block of dead latents' pre-activations."""
+MIN_PRODUCT = 2**21
+"""From how many multiplications on it pays to look for the nonzeros of a dense matrix."""
 
 
 # ---- decode ----
@@ -51,6 +53,8 @@ def _nonzeros(sae: Any, acts: Tensor) -> Codes | None:
     if acts.ndim < 1 or acts.shape[-1] != d_sae or acts.device != sae.W_dec.device:
         return None
     matrix = acts.detach().reshape(-1, d_sae)
+    if len(matrix) * sae.W_dec.numel() < MIN_PRODUCT:
+        return None
     if int(matrix.count_nonzero()) > pair_limit(len(matrix), d_sae):
         return None
     token, latent = matrix.nonzero(as_tuple=True)
@@ -58,7 +62,7 @@ def _nonzeros(sae: Any, acts: Tensor) -> Codes | None:
     row_ptr = torch.zeros(len(matrix) + 1, dtype=torch.int64, device=acts.device)
     row_ptr[1:] = token.bincount(minlength=len(matrix)).cumsum(0)
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        if len(idx) < d_sae and not sae.W_dec.requires_grad:
+        if len(idx) < d_sae and not (torch.is_grad_enabled() and sae.W_dec.requires_grad):
             vals = vals / row_norms(sae.W_dec[latent])
         else:
             vals = vals * ops.of_latents(1 / row_norms(sae.W_dec), idx, row_ptr)
