@@ -37,7 +37,7 @@ def decode(original: Method, sae: Any, feature_acts: Tensor) -> Tensor:
         pairs = _nonzeros(sae, feature_acts)
     if pairs is None:
         return original(sae, feature_acts)
-    out = ops.decode(pairs.vals, pairs.idx, sae.W_dec, sae.b_dec, row_ptr=pairs.row_ptr)
+    out = ops.decode(pairs.vals, pairs.idx, sae.W_dec, row_ptr=pairs.row_ptr) + sae.b_dec
     out = sae.hook_sae_recons(out.view(*feature_acts.shape[:-1], out.shape[1]))
     if isinstance(sae, Transcoder):
         return out
