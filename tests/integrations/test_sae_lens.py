@@ -316,6 +316,8 @@ def inference(kind: str, **changes: Any) -> Any:
             ),
         }[kind]
         sae = cls(config(**COMMON, d_out=20, apply_b_dec_to_input=False, **changes))
+    elif kind == "standard":
+        sae = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(**COMMON, **changes))
     elif kind == "jumprelu":
         sae = sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(**COMMON, **changes))
     else:
@@ -336,6 +338,7 @@ INFERENCE = (
     "topk",
     "topk-plain",
     "jumprelu",
+    "standard",
     "transcoder",
     "skip_transcoder",
     "jumprelu_transcoder",
@@ -579,6 +582,35 @@ def test_bfloat16() -> None:
         assert error <= allowed * 1.1 + 1e-3, name
 
 
+@pytest.mark.parametrize("name", ["Standard", "Gated", "AbsTopK", "MatchingPursuit"])
+def test_other_saes_are_as_they_were(name: str) -> None:
+    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(**COMMON)
+    torch.manual_seed(0)
+    sae, x = getattr(sae_lens, f"{name}TrainingSAE")(config), batch(0, 40)
+    given = TrainStepInput(x, {"l1": 1.0}, torch.arange(F) < 9, 0, False)
+    expected = sae.training_forward_pass(given), sae(x), sae.encode(x)
+    with accelerate():
+        got = sae.training_forward_pass(given), sae(x), sae.encode(x)
+    assert torch.equal(got[0].loss, expected[0].loss)
+    assert torch.equal(got[1], expected[1])
+    assert torch.equal(got[2], expected[2])
+
+
+@training
+def test_inference_mode(kind: str) -> None:
+    sae, x = make(kind), batch(0)
+    with torch.inference_mode():
+        expected = sae(x), sae.encode(x), sae.training_forward_pass(step_input(x)).hidden_pre
+        with accelerate():
+            out = sae.training_forward_pass(step_input(x))
+            got = sae(x), sae.encode(x), out.hidden_pre.clone()
+        assert isinstance(out.feature_acts, Lazy)
+        assert torch.equal(
+            out.feature_acts.bool().float().sum(0), (expected[1] != 0).float().sum(0)
+        )
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_what_is_left_to_sae_lens() -> None:
     x = batch(0)
 
@@ -593,18 +625,10 @@ def test_what_is_left_to_sae_lens() -> None:
     same(in_float64(make("topk")), x.double())  # fastsae has no kernels for it
     same(make("jumprelu-step", jumprelu_init_threshold=0.2), 50 * x)  # too many are active
     same(make("topk"), x.index_fill(0, torch.tensor(3), torch.nan))  # NaN goes through
-    cfg = sae_lens.StandardTrainingSAEConfig(**COMMON)
-    with accelerate():
-        out = sae_lens.StandardTrainingSAE(cfg).training_forward_pass(
-            TrainStepInput(x, {"l1": 1.0}, None, 0, False)
-        )
-    assert type(out.feature_acts) is Tensor
     sparse = make("topk-plain")
     sparse.activation_fn.use_sparse_activations = True
     with accelerate():
         assert sparse.training_forward_pass(step_input(x)).feature_acts.is_sparse
-        abstopk = sae_lens.AbsTopKTrainingSAE(sae_lens.AbsTopKTrainingSAEConfig(**COMMON, k=K))
-        assert type(abstopk.training_forward_pass(step_input(x)).feature_acts) is Tensor
         with pytest.raises(RuntimeError, match="out of range"):
             make("topk").activation_fn.forward(x[:, :2])
         jacobian = torch.func.jacrev(lambda t: inference("topk")(t).sum(0))(x[:2])

@@ -133,6 +133,25 @@ def test_accelerated_without_patches(kind: str) -> None:
     assert type(theirs.step(batch(7)).feature_acts) is Tensor
 
 
+def test_gradients_outside_of_a_step_are_the_sae_s_own() -> None:
+    trainer = fused("topk")
+    train(trainer, 2)
+    with pytest.raises(KeyError):
+        trainer.sae.mse_loss_fn = lambda *args: {}["missing"]
+        trainer.step(batch(3))
+    sae, x = trainer.sae, batch(4)
+    del sae.mse_loss_fn
+    sae.mse_loss_fn = sae_lens.saes.sae.mse_loss
+    plain = make("topk")
+    plain.load_state_dict(sae.state_dict())
+    found = []
+    for s in (sae, plain):
+        s.zero_grad()
+        s(x).square().mean().backward()
+        found.append({name: p.grad for name, p in s.named_parameters()})
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+
+
 def test_hooks_in_a_fused_step() -> None:
     """SAELens's own forward then, whose gradients are dense, and the same update."""
     ours, theirs = fused("topk"), trainer_of(make("topk"))

@@ -55,10 +55,10 @@ class Source(NamedTuple):
 
     def matrix(self, shape: torch.Size) -> Lazy:
         """All of them, made if somebody looks."""
-        version = self.rows._version
+        version = _version(self.rows)
 
         def make(x: Tensor, rows: Tensor, b_enc: Tensor, *scale: Tensor) -> Tensor:
-            if rows._version != version:
+            if _version(rows) != version:
                 raise RuntimeError(
                     "hidden_pre: expected to be read before the weights change, got a later read"
                 )
@@ -69,6 +69,10 @@ class Source(NamedTuple):
         hidden_pre = lazy(make, shape, *inputs, *([] if self.scale is None else [self.scale]))
         hidden_pre.origin = self
         return hidden_pre
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
 
 
 def scaled(pairs: Codes, scale: Tensor | None, dtype: torch.dtype) -> Codes:
@@ -156,8 +160,8 @@ def coverable(sae: Any) -> bool:
 
 def latent_rows(sae: Any, n_tokens: int) -> Tensor | None:
     """W_enc (D, F) as (F, D), differentiable; None where making it costs more than it saves."""
-    bound = sae.__dict__.get("bound_rows")
-    if bound is not None and bound.data_ptr() == sae.W_enc.data_ptr():
+    bound = sae.__dict__.get("bound_rows")  # in a fused step
+    if bound is not None:
         return bound
     rows = sae.W_enc.T
     if rows.is_contiguous():

@@ -128,7 +128,7 @@ def encode_best(original: Method, sae: Any, x: Tensor) -> Tensor:
 
 
 def encode_active(original: Method, sae: Any, x: Tensor) -> Tensor:
-    """The `encode` of JumpReLUSAE, Transcoder and JumpReLUTranscoder."""
+    """The `encode` of StandardSAE, JumpReLUSAE, Transcoder and JumpReLUTranscoder."""
     is_relu = type(sae.activation_fn) is nn.ReLU
     return _encode(original, sae, x, _active) if is_relu else original(sae, x)
 

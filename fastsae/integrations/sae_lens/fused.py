@@ -10,6 +10,8 @@ is on, SAETrainer does so too for an SAE from here: `override_sae=` of SAELens's
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,11 +39,10 @@ class Fast:
 
     W_enc: nn.Parameter
 
-    def bind_rows(self) -> nn.Parameter:
+    def latents_in_a_row(self) -> Tensor:
         """Puts W_enc's latents one after the other in memory; returns it as (F, D)."""
-        rows = nn.Parameter(self.W_enc.detach().T.contiguous())
-        self.W_enc.data = rows.detach().T
-        object.__setattr__(self, "bound_rows", rows)  # not a parameter of its own
+        rows = self.W_enc.detach().T.contiguous()
+        self.W_enc.data = rows.T
         return rows
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -85,7 +86,7 @@ class RowAdam(Adam):
     """
 
     def __init__(self, sae: Any, lr: float, betas: tuple[float, float]) -> None:
-        self.sae, self.rows = sae, sae.bind_rows()
+        self.sae, self.rows = sae, nn.Parameter(sae.latents_in_a_row())
         super().__init__(
             [self.rows if p is sae.W_enc else p for p in sae.parameters()],
             lr=lr,
@@ -97,22 +98,31 @@ class RowAdam(Adam):
         """A moment of p in the shape of the SAE's parameter, and back."""
         return t.T.contiguous() if p is self.rows else t
 
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        """RuntimeError where W_enc is no longer in the memory that this updates."""
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """Inside, gradients of W_enc belong to its rows; RuntimeError where these are not its own.
+
+        Outside, the SAE's gradients are as everywhere.
+        """
         if self.rows.data_ptr() != self.sae.W_enc.data_ptr():
             raise RuntimeError(
                 "W_enc: expected the memory that the trainer was made with, got other; move or "
                 "replace it before the trainer is made"
             )
-        if self.sae.W_enc.grad is not None:  # of a step with hooks that want dense matrices
-            given = self.sae.W_enc.grad.T.contiguous()
-            self.rows.grad = given if self.rows.grad is None else self.rows.grad + given
-            self.sae.W_enc.grad = None
-        return super().step(*args, **kwargs)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
+        self.zero_grad()
         self.sae.W_enc.grad = None
+        object.__setattr__(self.sae, "bound_rows", self.rows)  # not a parameter of its own
+        try:
+            yield
+        finally:
+            del self.sae.__dict__["bound_rows"]
+            self.receiving = False
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.sae.W_enc.grad  # of a step with hooks, which want dense matrices
+        if given is not None:
+            self.rows.grad, self.sae.W_enc.grad = given.T.contiguous(), None
+        return super().step(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         stored = super().state_dict()
@@ -168,7 +178,6 @@ def _train_step(original: Method, trainer: Any, sae: Any, sae_in: Tensor) -> Tra
     if not isinstance(trainer.optimizer, RowAdam):
         return original(trainer, sae, sae_in)
     sae.train()
-    trainer.optimizer.zero_grad()
     step_input = TrainStepInput(
         sae_in=sae_in,
         coefficients=trainer.get_coefficients(),
@@ -176,16 +185,17 @@ def _train_step(original: Method, trainer: Any, sae: Any, sae_in: Tensor) -> Tra
         n_training_steps=trainer.n_training_steps,
         is_logging_step=trainer._is_logging_step(),
     )
-    with trainer.autocast_if_enabled:
-        output = sae.training_forward_pass(step_input=step_input)
-    with torch.no_grad():
-        fired = output.feature_acts.bool().float().sum(0)
-        trainer.n_forward_passes_since_fired += 1
-        trainer.n_forward_passes_since_fired[fired > 0] = 0
-        trainer.act_freq_scores += fired
-        trainer.n_frac_active_samples += trainer.cfg.train_batch_size_samples
-    output.loss.backward()
-    trainer.optimizer.step()
+    with trainer.optimizer.whole_step():
+        with trainer.autocast_if_enabled:
+            output = sae.training_forward_pass(step_input=step_input)
+        with torch.no_grad():
+            fired = output.feature_acts.bool().float().sum(0)
+        output.loss.backward()
+        trainer.optimizer.step()
+    trainer.n_forward_passes_since_fired += 1
+    trainer.n_forward_passes_since_fired[fired > 0] = 0
+    trainer.act_freq_scores += fired
+    trainer.n_frac_active_samples += trainer.cfg.train_batch_size_samples
     trainer.lr_scheduler.step()
     for scheduler in trainer.coefficient_schedulers.values():
         scheduler.step()

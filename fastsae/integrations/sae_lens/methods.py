@@ -10,6 +10,7 @@ from sae_lens.saes import (
     batchtopk_sae,
     jumprelu_sae,
     matryoshka_batchtopk_sae,
+    standard_sae,
     topk_sae,
     transcoder,
 )
@@ -37,6 +38,7 @@ METHODS: tuple[tuple[type, str, Method], ...] = (
     (TrainingSAE, "encode", encoding.encode_training),
     (topk_sae.TopKSAE, "encode", encoding.encode_best),
     (jumprelu_sae.JumpReLUSAE, "encode", encoding.encode_active),
+    (standard_sae.StandardSAE, "encode", encoding.encode_active),
     (transcoder.Transcoder, "encode", encoding.encode_active),
     (transcoder.JumpReLUTranscoder, "encode", encoding.encode_active),
     (topk_sae.TopKTrainingSAE, "encode_with_hidden_pre", encoding.encode_best_with_hidden_pre),
@@ -49,6 +51,7 @@ METHODS: tuple[tuple[type, str, Method], ...] = (
     (topk_sae.TopKTrainingSAE, "decode", decoding.decode),
     (topk_sae.TopKSAE, "decode", decoding.decode),
     (jumprelu_sae.JumpReLUSAE, "decode", decoding.decode),
+    (standard_sae.StandardSAE, "decode", decoding.decode),
     (transcoder.Transcoder, "decode", decoding.decode),
     (topk_sae.TopKTrainingSAE, "calculate_topk_aux_loss", decoding.topk_aux_loss),
     (
@@ -69,7 +72,15 @@ METHODS: tuple[tuple[type, str, Method], ...] = (
     (jumprelu_sae.JumpReLUTrainingSAE, "calculate_aux_loss", decoding.jumprelu_aux_loss),
 )
 """(class, method, what stands in its place, which gets the method it replaces first)."""
-FAST = (topk_sae.TopKTrainingSAE, jumprelu_sae.JumpReLUTrainingSAE)
+COVERED = (
+    topk_sae.TopKSAE,
+    topk_sae.TopKTrainingSAE,
+    jumprelu_sae.JumpReLUSAE,
+    jumprelu_sae.JumpReLUTrainingSAE,
+    standard_sae.StandardSAE,
+    transcoder.Transcoder,
+)
+"""SAEs of other classes, which share some of the methods, keep them."""
 
 replaced: dict[tuple[type, str], Any] = {}
 """What the classes had before `accelerate`."""
@@ -78,13 +89,13 @@ replaced: dict[tuple[type, str], Any] = {}
 def instead_of(original: Method, stand_in: Method) -> Method:
     """A method that calls the stand-in with the original.
 
-    torch.compile leaves it out, but compiles the training of SAEs that have no stand-ins.
+    torch.compile leaves it out, but not the methods of SAEs that keep them.
     """
     fast = torch.compiler.disable(functools.partial(stand_in, original))
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self, TrainingSAE) and not isinstance(self, FAST):
+        if isinstance(self, SAE) and not isinstance(self, COVERED):
             return original(self, *args, **kwargs)
         return fast(self, *args, **kwargs)
 
