@@ -18,7 +18,8 @@ SANITIZED = cd $(SANITIZE) && PYTHONPATH=$(CURDIR)/$(SANITIZE)/package \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" $(abspath $(BIN))/python
 
 .NOTPARALLEL:
-.PHONY: help demo test sanitize neon peers activations lint lint-python lint-types lint-cpp format clean
+.PRECIOUS: .peers/%/installed .peers/%/installed-test
+.PHONY: help demo test test-integrations sanitize neon peers activations lint lint-python lint-types lint-cpp format clean
 
 help:
 	@echo "make demo      train a sparse autoencoder on the sample data and print its figures"
@@ -26,6 +27,7 @@ help:
 	@echo "make sanitize  run the tests of the C++ kernels under ASan and UBSan (Linux, gcc)"
 	@echo "make neon      compare the bits of the C++ kernels with those on an emulated ARM"
 	@echo "make peers     install the libraries that bench/step.py compares with"
+	@echo "make test-integrations  run the tests of fastsae inside these libraries"
 	@echo "make activations  make the larger sets of activations, in data/ (Debian or Ubuntu, npm)"
 	@echo "make lint      check formatting, style and types"
 	@echo "make format    apply the formatting"
@@ -144,4 +146,15 @@ peers:
 		.peers/$*/bin/python -m pip uninstall -y torchvision && \
 		.peers/$*/bin/python bench/peers.py $* --shape 64,32,512,8 --steps 1; \
 	} > .peers/$*/log 2>&1
+	@touch $@
+
+# fastsae in the environment of each peer, and the tests that need that peer.
+test-integrations: peers $(PEERS:%=.peers/%/installed-test)
+	@for peer in $(PEERS); do \
+		echo "test-integrations: $$peer"; \
+		.peers/$$peer/bin/python -m pytest tests/integrations || exit 1; \
+	done
+
+.peers/%/installed-test: .peers/%/installed $(SOURCES)
+	.peers/$*/bin/python -m pip install -c constraints.txt -e . pytest
 	@touch $@

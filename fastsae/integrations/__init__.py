@@ -1,4 +1,4 @@
-"""Backends for libraries that people already use; each module imports its library.
+"""fastsae behind other libraries' names: a module for each, which imports that library.
 
-`import fastsae` imports none of them, and fastsae depends on none of the libraries.
+None is imported by `import fastsae`, and none is a dependency.
 """
