@@ -13,36 +13,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import importlib.metadata
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from measure import Shape, memory, parse_shape
+from measure import Case, Shape, Side, memory, parse_shape, tokens
 from torch import Tensor
 
 SHAPES: tuple[Shape, ...] = ((2048, 768, 24576, 32), (1024, 384, 131072, 32))
-
-
-class Side(NamedTuple):
-    """A library with or without fastsae."""
-
-    step: Callable[[Tensor], Any]
-    probe: Callable[[Tensor], Tensor]
-    """What both sides must agree on, given a batch."""
-    on: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    """While it is entered, this is the side."""
-
-
-Case = Callable[[Shape], Iterator[Side]]
-"""Yields the side before, and once that was measured and forgotten, the side after."""
 
 
 # ---- SAELens: its defaults ----
@@ -106,7 +92,7 @@ def _sae_lens_inference(n_tokens: int, whole: bool) -> Case:
 
         @torch.no_grad()
         def step(batch: Tensor) -> Tensor:
-            x = _rows(batch, n_tokens)
+            x = tokens(batch, n_tokens)
             return sae(x) if whole else sae.decode(sae.encode(x))
 
         yield Side(step, step)
@@ -146,24 +132,27 @@ def _sae_lens_trainer(shape: Shape, sae: Any, trainer_class: Any) -> Side:
     return Side(step, lambda batch: _sae_lens_loss(sae, batch))
 
 
-def _rows(batch: Tensor, n: int) -> Tensor:
-    return batch.repeat(-(-n // len(batch)), 1)[:n]
-
-
-LIBRARIES: dict[str, tuple[str, dict[str, Case]]] = {
-    "sae_lens": (
-        "sae-lens",
-        {
-            "forward + backward + clip + Adam": _sae_lens_loop,
-            "in its SAETrainer": _sae_lens_in_trainer,
-            "in its SAETrainer, fused": _sae_lens_fused,
-            "encode, then decode, 1 token": _sae_lens_inference(1, whole=False),
-            "encode, then decode, 4096 tokens": _sae_lens_inference(4096, whole=False),
-            "forward, 4096 tokens": _sae_lens_inference(4096, whole=True),
-        },
-    ),
+SAE_LENS: dict[str, Case] = {
+    "forward + backward + clip + Adam": _sae_lens_loop,
+    "in its SAETrainer": _sae_lens_in_trainer,
+    "in its SAETrainer, fused": _sae_lens_fused,
+    "encode, then decode, 1 token": _sae_lens_inference(1, whole=False),
+    "encode, then decode, 4096 tokens": _sae_lens_inference(4096, whole=False),
+    "forward, 4096 tokens": _sae_lens_inference(4096, whole=True),
 }
-"""module → (what pip calls it, its cases)."""
+LIBRARIES = {
+    "sae_lens": "sae-lens",
+    "dictionary_learning": "dictionary-learning",
+    "sparsify": "eai-sparsify",
+}
+"""module → what pip calls it."""
+
+
+def cases_of(library: str) -> dict[str, Case]:
+    """The others' cases are in files of their own, which import their library."""
+    if library == "sae_lens":
+        return SAE_LENS
+    return importlib.import_module(f"integrations_{library}").CASES
 
 
 # ---- measuring ----
@@ -217,13 +206,12 @@ def measure_case(case: Case, shape: Shape, steps: int) -> dict[str, Any]:
 
 
 def rows_of(library: str, shapes: list[Shape], only: str, steps: int) -> Iterator[dict[str, Any]]:
-    distribution, cases = LIBRARIES[library]
     for shape in shapes:
-        for name, case in cases.items():
+        for name, case in cases_of(library).items():
             if only in name:
                 yield {
                     "library": library,
-                    "version": importlib.metadata.version(distribution),
+                    "version": importlib.metadata.version(LIBRARIES[library]),
                     "case": name,
                     **dict(zip("ndfk", shape, strict=True)),
                     "threads": torch.get_num_threads(),

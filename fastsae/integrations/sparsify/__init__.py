@@ -37,7 +37,7 @@ def accelerate(*, parity: bool = False, fused: bool = True, force: bool = False)
     some for selected latents that are 0. (Its backward ignores the gradient of the pre-activations
     and does not apply the ReLU's.)
     fused: False replaces `fused_encoder` and `decoder_impl` alone, for a SparseCoder with a forward
-    of its own; all pre-activations are then computed and kept. True replaces the SparseCoder's
+    of its own; its AuxK and Multi-TopK then cost dense products. True replaces the SparseCoder's
     encode, forward and operations on unit rows too, and the step of the default optimiser.
     force: also with versions other than PROVEN.
     RuntimeError for those, and where it is accelerated already.

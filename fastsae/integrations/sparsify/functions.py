@@ -1,4 +1,4 @@
-"""The library's two functions, and what its encoder and ours share."""
+"""The library's two functions by codes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastsae import ops
+from fastsae.integrations.lazy import lazy
 from fastsae.ops.encoding import EncodeFunction
 
 Activation = Literal["topk", "groupmax"]
@@ -18,22 +19,26 @@ Activation = Literal["topk", "groupmax"]
 def fused_encoder(
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
     k: int,
     activation: Activation,
     *,
+    pre_bias: Tensor | None = None,
     parity: bool = False,
 ) -> EncoderOutput:
-    """The k latents of input (N, D) @ weight (F, D)ᵀ + bias (F) that the activation selects.
+    """The k latents of (input - pre_bias) @ weightᵀ + bias that the activation selects.
 
-    top_acts (N, k), top_indices (N, k) int64 and pre_acts (N, F), after the ReLU. parity: as
-    `accelerate`.
+    input (…, D), weight (F, D), bias (F), pre_bias (D); top_acts (…, k), top_indices (…, k) int64.
+    pre_acts (…, F), after the ReLU, are computed when something uses them, of the weights as they
+    are then. parity: as `accelerate`. ValueError for numbers that are not finite.
     """
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not parity):
-        pre_acts = F.linear(input, weight, bias).relu_()
-    vals, idx = best(pre_acts.detach(), k, activation)
-    vals = with_gradient(vals, idx, input, weight, bias, None, parity)
-    return EncoderOutput(vals, idx, pre_acts)
+    tokens, shape = input.reshape(-1, input.shape[-1]), input.shape[:-1]
+    vals, idx = codes(tokens, weight, bias, pre_bias, k, activation, parity)
+    given = [t if t is None or not parity else t.detach() for t in (weight, bias, input, pre_bias)]
+    pre_acts = lazy(
+        _pre_acts, torch.Size([*shape, len(weight)]), *(t for t in given if t is not None)
+    )
+    return EncoderOutput(vals.to(weight.dtype).view(*shape, k), idx.view(*shape, k), pre_acts)
 
 
 def decoder_impl(top_indices: Tensor, top_acts: Tensor, W_dec: Tensor) -> Tensor:
@@ -41,28 +46,58 @@ def decoder_impl(top_indices: Tensor, top_acts: Tensor, W_dec: Tensor) -> Tensor
     return ops.decode(top_acts, top_indices.to(torch.int32), W_dec.mT)
 
 
-def best(pre_acts: Tensor, k: int, activation: str) -> tuple[Tensor, Tensor]:
-    """Values and int64 ids of what the activation selects; with "topk", by value descending."""
-    if activation == "topk":
-        return pre_acts.topk(k)
-    if activation == "groupmax":
-        vals, within = pre_acts.unflatten(-1, (k, -1)).max(-1)
-        return vals, within + torch.arange(k, device=within.device) * (pre_acts.shape[-1] // k)
-    raise ValueError(f"activation: expected topk or groupmax, got {activation!r}")
-
-
-def with_gradient(
-    vals: Tensor,
-    idx: Tensor,
+def codes(
     x: Tensor,
     W_enc: Tensor,
-    b_enc: Tensor | None,
+    b_enc: Tensor,
     pre_bias: Tensor | None,
+    k: int,
+    activation: str,
     parity: bool,
-) -> Tensor:
-    """vals, with the gradients of the encoder: for selected zeros only as the library has them."""
+) -> tuple[Tensor, Tensor]:
+    """top_acts, float32 or wider, and top_indices of x (N, D), with the gradients of the encoder.
+
+    Of selected zeros only with parity, as the library has them.
+    """
+    inputs = x, W_enc, b_enc, pre_bias
+    vals, idx = _select(*inputs, k, activation)
     chosen = idx.to(torch.int32)
     chosen = chosen if parity else chosen.where(vals > 0, -1)
-    backend = ops.choose_backend(x, W_enc, b_enc, pre_bias)
-    inputs = x, W_enc, b_enc, pre_bias, backend
-    return EncodeFunction.apply(*inputs, lambda *_: (vals, chosen))[0]
+    backend = ops.choose_backend(*inputs)
+    return EncodeFunction.apply(*inputs, backend, lambda *_: (vals, chosen))[0], idx
+
+
+@torch.no_grad()
+def _select(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, pre_bias: Tensor | None, k: int, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Values and ids (N, k): by value descending with "topk", by group with "groupmax".
+
+    The library completes a token that has fewer than k positive pre-activations with latents that
+    are 0, and other code may expect k different ones: such tokens are computed densely.
+    """
+    inputs = x, W_enc, b_enc, pre_bias
+    if activation == "topk":
+        vals, small = ops.encode(*inputs, k=k)
+        idx = small.long()
+    elif activation == "groupmax":
+        vals, small = ops.encode_groups(*inputs, groups=k)
+        idx, order = small.long().sort(dim=1)
+        vals = vals.gather(1, order)
+    else:
+        raise ValueError(f"activation: expected topk or groupmax, got {activation!r}")
+    short = (idx < 0).any(1)
+    if short.any():
+        pre_acts = _pre_acts(W_enc, b_enc, x[short], pre_bias)
+        if activation == "topk":
+            best, idx[short] = pre_acts.topk(k)
+        else:
+            best, within = pre_acts.unflatten(1, (k, -1)).max(-1)
+            width = len(W_enc) // k
+            idx[short] = within + torch.arange(0, len(W_enc), width, device=idx.device)
+        vals[short] = best.to(vals.dtype)
+    return vals, idx
+
+
+def _pre_acts(W_enc: Tensor, b_enc: Tensor, x: Tensor, pre_bias: Tensor | None = None) -> Tensor:
+    return F.linear(x if pre_bias is None else x - pre_bias, W_enc, b_enc).relu_()
