@@ -134,13 +134,12 @@ class Codes:
         if dense.ndim != 2:
             raise ValueError(f"dense: expected 2 dimensions, got {dense.ndim}")
         n_tokens, n_latents = dense.shape
-        there = dense != 0
+        token, latent = dense.nonzero(as_tuple=True)
         row_ptr = torch.zeros(n_tokens + 1, dtype=torch.int64, device=dense.device)
-        row_ptr[1:] = there.sum(1).cumsum(0)
+        row_ptr[1:] = token.bincount(minlength=n_tokens).cumsum(0)
         longest = int(row_ptr.diff().max()) if n_tokens else 0
         if k is not None and longest > k:
             raise ValueError(f"dense: expected at most k = {k} nonzeros a row, got {longest}")
-        token, latent = there.nonzero(as_tuple=True)
         vals = dense[token, latent]
         order = vals.argsort(descending=True, stable=True)
         order = order[token[order].argsort(stable=True)]

@@ -413,6 +413,20 @@ def test_encode_and_decode_are_theirs(name: str, short: bool) -> None:
         torch.testing.assert_close(scattered @ sae.W_dec + sae.b_dec, decoded)
 
 
+@configs
+def test_one_token_is_encoded_as_the_library_does(name: str) -> None:
+    sae = coder(name)
+    one = {key: value[:1] for key, value in batch(sae).items() if key != "dead_mask"}
+    inputs = {**one, "total_variance": torch.tensor(3.0), "dead_mask": batch(sae)["dead_mask"]}
+    theirs = step(sae, **inputs)
+    with fast.accelerate(parity=True):
+        ours = step(sae, **inputs)
+    assert torch.equal(ours[0].latent_indices.sort().values, theirs[0].latent_indices.sort().values)
+    torch.testing.assert_close(loss_of(ours[0]), loss_of(theirs[0]), rtol=1e-5, atol=0)
+    for key, gradient in theirs[1].items():
+        torch.testing.assert_close(ours[1][key], gradient, rtol=1e-4, atol=1e-6)
+
+
 @levels
 def test_encode_has_gradients(fused: bool) -> None:
     def gradients(sae: SparseCoder) -> list[Tensor]:
@@ -508,7 +522,6 @@ def test_it_needs_no_environment_variable_on_a_cpu() -> None:
         os.environ.pop("SPARSIFY_DISABLE_TRITON", None)
         import sparsify, sparsify.sparse_coder, torch
         from fastsae.integrations import sparsify as fast
-from fastsae.integrations.lazy import Lazy
 
         def no_gpu(*_):
             raise RuntimeError("0 active drivers")

@@ -32,6 +32,11 @@ def _rows(p: nn.Parameter, transposed: bool) -> Tensor:
     return p.T if transposed else p
 
 
+def _many(x: Any) -> bool:
+    """Whether x holds tokens, and more than the one that a dense product encodes as fast."""
+    return isinstance(x, Tensor) and x.numel() > x.shape[-1]
+
+
 class Sparse(dictionary.Dictionary):
     """What the dictionaries share: theirs where the work is dense by nature or by its outputs."""
 
@@ -93,11 +98,11 @@ class Sparse(dictionary.Dictionary):
             return None
         return Codes(vals, idx, f, row_ptr)
 
-    # ---- what the library's users call; a trace of nnsight passes proxies, not tensors ----
+    # ---- what the library's users call; in a trace of nnsight x is no tensor ----
 
     def features(self, x: Any, use_threshold: bool) -> Tensor | None:
         """The dense features (…, F) of x (…, D), or None where the library must make them."""
-        codes = self.codes(x, use_threshold) if isinstance(x, Tensor) else None
+        codes = self.codes(x, use_threshold) if _many(x) else None
         return None if codes is None else self._dense(codes, x)
 
     def decode(self, f: Any) -> Any:
@@ -110,7 +115,7 @@ class Sparse(dictionary.Dictionary):
 
     def forward(self, x: Any, output_features: bool = False) -> Any:
         """As the library's: x̂ (…, D), or x̂ and the dense features (…, F)."""
-        codes = self.codes(x, self.use_threshold) if isinstance(x, Tensor) else None
+        codes = self.codes(x, self.use_threshold) if _many(x) else None
         if codes is None:
             return super().forward(x, output_features)
         x_hat = self._decode(codes, x)

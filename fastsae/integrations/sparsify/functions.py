@@ -73,30 +73,35 @@ def _select(
 ) -> tuple[Tensor, Tensor]:
     """Values and ids (N, k): by value descending with "topk", by group with "groupmax".
 
-    The library completes a token that has fewer than k positive pre-activations with latents that
-    are 0, and other code may expect k different ones: such tokens are computed densely.
+    Dense where that is as fast, for one token, and where a token has fewer than k positive
+    pre-activations: the library completes it with latents that are 0, and other code may expect k
+    different ones.
     """
     inputs = x, W_enc, b_enc, pre_bias
+    if activation not in ("topk", "groupmax"):
+        raise ValueError(f"activation: expected topk or groupmax, got {activation!r}")
+    if len(x) == 1:
+        return _best(_pre_acts(W_enc, b_enc, x, pre_bias), k, activation)
     if activation == "topk":
         vals, small = ops.encode(*inputs, k=k)
         idx = small.long()
-    elif activation == "groupmax":
+    else:
         vals, small = ops.encode_groups(*inputs, groups=k)
         idx, order = small.long().sort(dim=1)
         vals = vals.gather(1, order)
-    else:
-        raise ValueError(f"activation: expected topk or groupmax, got {activation!r}")
     short = (idx < 0).any(1)
     if short.any():
-        pre_acts = _pre_acts(W_enc, b_enc, x[short], pre_bias)
-        if activation == "topk":
-            best, idx[short] = pre_acts.topk(k)
-        else:
-            best, within = pre_acts.unflatten(1, (k, -1)).max(-1)
-            width = len(W_enc) // k
-            idx[short] = within + torch.arange(0, len(W_enc), width, device=idx.device)
+        best, idx[short] = _best(_pre_acts(W_enc, b_enc, x[short], pre_bias), k, activation)
         vals[short] = best.to(vals.dtype)
     return vals, idx
+
+
+def _best(pre_acts: Tensor, k: int, activation: str) -> tuple[Tensor, Tensor]:
+    if activation == "topk":
+        return pre_acts.topk(k)
+    n_latents = pre_acts.shape[1]
+    vals, within = pre_acts.unflatten(1, (k, -1)).max(-1)
+    return vals, within + torch.arange(0, n_latents, n_latents // k, device=within.device)
 
 
 def _pre_acts(W_enc: Tensor, b_enc: Tensor, x: Tensor, pre_bias: Tensor | None = None) -> Tensor:
