@@ -69,7 +69,10 @@ class FusedTrainer(SAETrainer):
         """One step; returns the loss before it. FloatingPointError for a gradient that is not
         finite, ValueError for such activations or weights; then no weight has changed."""
         if step == 0:
-            self.ae.b_dec.data.copy_(top_k.geometric_median(x))
+            median = top_k.geometric_median(x)
+            if not bool(median.isfinite().all()):  # also where a token is the median of the others
+                raise ValueError("x: expected a finite geometric median in step 0, got another")
+            self.ae.b_dec.data.copy_(median)
         for leaf, p in zip(self.leaves, self.ae.rows(), strict=True):
             leaf.data = p.detach()  # the dictionary's memory may be another one since
         self.optimizer.zero_grad()
