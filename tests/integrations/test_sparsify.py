@@ -25,7 +25,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from fastsae.integrations import sparsify as fast
 from fastsae.integrations.lazy import Lazy
 
-D, F, K, N = 24, 256, 8, 60
+D, F, K, N = 24, 512, 8, 60
 MODULES = {name: importlib.import_module(f"sparsify.{name}") for name in ("fused_encoder", "utils")}
 MODULES["sparse_coder"] = importlib.import_module("sparsify.sparse_coder")
 REPLACED = [
@@ -221,7 +221,8 @@ def signum(sae: SparseCoder, lr: float = 2e-3) -> Any:
 
 
 def activations(n: int) -> list[Tensor]:
-    causes = randn(64, D, seed=10)
+    """Sparse causes; of a seed for which no choice in these tests is within float32's rounding."""
+    causes = randn(64, D, seed=15)
     active = torch.rand(n, N, 64, generator=torch.Generator().manual_seed(11)) < 0.1
     return list((randn(n, N, 64, seed=12).abs() * active) @ causes + 0.05 * randn(n, N, D, seed=13))
 
@@ -411,6 +412,18 @@ def test_encode_and_decode_are_theirs(name: str, short: bool) -> None:
         assert_within_eager(decoded, sae.decode(*flat), exact.decode(wide, flat[1]))
         scattered = torch.zeros(60, F).scatter(1, flat[1], flat[0])
         torch.testing.assert_close(scattered @ sae.W_dec + sae.b_dec, decoded)
+
+
+def test_a_large_k_is_theirs() -> None:
+    """As at the beginning of a run with k_decay_steps."""
+    sae = coder("topk")
+    sae.cfg.k = F // 4
+    theirs = step(sae, **batch(sae))
+    with fast.accelerate(parity=True):
+        ours = step(sae, **batch(sae))
+    torch.testing.assert_close(loss_of(ours[0]), loss_of(theirs[0]), rtol=1e-5, atol=0)
+    for key, gradient in theirs[1].items():
+        torch.testing.assert_close(ours[1][key], gradient, rtol=1e-4, atol=1e-6)
 
 
 @configs

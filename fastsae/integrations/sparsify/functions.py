@@ -73,14 +73,14 @@ def _select(
 ) -> tuple[Tensor, Tensor]:
     """Values and ids (N, k): by value descending with "topk", by group with "groupmax".
 
-    Dense where that is as fast, for one token, and where a token has fewer than k positive
-    pre-activations: the library completes it with latents that are 0, and other code may expect k
-    different ones.
+    Dense where that is as fast, for one token or more than a tenth of the latents, and where a
+    token has fewer than k positive pre-activations: the library completes it with latents that are
+    0, and other code may expect k different ones.
     """
     inputs = x, W_enc, b_enc, pre_bias
     if activation not in ("topk", "groupmax"):
         raise ValueError(f"activation: expected topk or groupmax, got {activation!r}")
-    if len(x) == 1:
+    if len(x) == 1 or 10 * k > len(W_enc):
         return _best(_pre_acts(W_enc, b_enc, x, pre_bias), k, activation)
     if activation == "topk":
         vals, small = ops.encode(*inputs, k=k)
