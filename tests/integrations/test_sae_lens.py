@@ -18,6 +18,7 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformer_lens import HookedTransformerConfig
 
 from fastsae.integrations.lazy import Lazy
 from fastsae.integrations.sae_lens import FastTopKTrainingSAE, accelerate, patch, restore
@@ -449,6 +450,28 @@ def test_transcoder_returns_its_activations() -> None:
         got = sae.forward_with_activations(x)
     assert type(got[1]) is Tensor
     torch.testing.assert_close(got, expected)
+
+
+def test_in_a_language_model() -> None:
+    """HookedSAETransformer calls encode and decode itself; with hooks, caches and gradients."""
+    config = HookedTransformerConfig(
+        n_layers=1, d_model=D, n_ctx=32, d_head=8, act_fn="relu", d_vocab=50, seed=0
+    )
+    model = sae_lens.HookedSAETransformer(config)
+    metadata = sae_lens.saes.sae.SAEMetadata(hook_name="blocks.0.hook_resid_post")
+    model.add_sae(inference("topk", metadata=metadata), use_error_term=True)
+    tokens = torch.randint(50, (10, 32), generator=torch.Generator().manual_seed(0))
+    post = "blocks.0.hook_resid_post.hook_sae_acts_post"
+    found = []
+    for context in (torch.enable_grad(), accelerate()):
+        with context:
+            model.zero_grad()
+            logits, cache = model.run_with_cache(tokens)
+            steered = model.run_with_hooks(tokens, fwd_hooks=[(post, lambda t, hook: 0.5 * t)])
+            model(tokens).square().sum().backward()
+            with torch.no_grad():
+                found.append([logits, steered, model(tokens), cache[post], model.embed.W_E.grad])
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
 
 
 # ---- what it steps aside for, and what must keep working ----
