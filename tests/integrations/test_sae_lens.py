@@ -301,6 +301,34 @@ def test_hidden_pre_of_a_custom_loss() -> None:
         compare(results(sae, x, None, fast=True), eager, exact)
 
 
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_steps_on_sequences(kind: str) -> None:
+    sae, x, dead = make(kind), batch(0, 7 * 40).view(7, 40, D), torch.arange(F) % 16 == 0
+    exact = results(in_float64(sae), x.double(), dead)
+    eager = results(sae, x, dead)
+    with accelerate():
+        compare(results(sae, x, dead, fast=True), eager, exact)
+
+
+@training
+def test_frozen_parameters_get_no_gradient(kind: str) -> None:
+    x, dead = batch(0), torch.arange(F) % 16 == 0
+    names = [name for name, _ in make(kind).named_parameters()]
+    for frozen in (*([name] for name in names), names):
+        found = []
+        for context in (torch.enable_grad(), accelerate()):
+            sae = make(kind)
+            for name in frozen:
+                sae.get_parameter(name).requires_grad_(False)
+            with context:
+                out = sae.training_forward_pass(step_input(x, dead))
+            if frozen != names:
+                out.loss.backward()
+            found.append({name: p.grad for name, p in sae.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys() and not found[0].keys() & set(frozen)
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+
+
 # ---- inference ----
 
 
