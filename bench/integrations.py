@@ -34,24 +34,28 @@ SHAPES: tuple[Shape, ...] = ((2048, 768, 24576, 32), (1024, 384, 131072, 32))
 # ---- SAELens: its defaults ----
 
 
-def _sae_lens_loop(shape: Shape) -> Iterator[Side]:
-    """A loop of one's own: forward, backward, clip, torch's Adam."""
-    from sae_lens import TopKTrainingSAE
+def _sae_lens_loop(dead_share: float) -> Case:
+    def case(shape: Shape) -> Iterator[Side]:
+        """A loop of one's own: forward, backward, clip, torch's Adam."""
+        from sae_lens import TopKTrainingSAE
 
-    from fastsae.integrations.sae_lens import accelerate
+        from fastsae.integrations.sae_lens import accelerate
 
-    sae = TopKTrainingSAE(_sae_lens_config(shape))
-    adam = torch.optim.Adam(sae.parameters(), lr=3e-4)
+        sae = TopKTrainingSAE(_sae_lens_config(shape))
+        adam = torch.optim.Adam(sae.parameters(), lr=3e-4)
+        dead = torch.arange(shape[2]) < dead_share * shape[2]
 
-    def step(batch: Tensor) -> None:
-        adam.zero_grad()
-        _sae_lens_loss(sae, batch).backward()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        adam.step()
+        def step(batch: Tensor) -> None:
+            adam.zero_grad()
+            _sae_lens_loss(sae, batch, dead).backward()
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+            adam.step()
 
-    side = Side(step, lambda batch: _sae_lens_loss(sae, batch))
-    yield side
-    yield side._replace(on=accelerate)
+        side = Side(step, lambda batch: _sae_lens_loss(sae, batch, dead))
+        yield side
+        yield side._replace(on=accelerate)
+
+    return case
 
 
 def _sae_lens_in_trainer(shape: Shape) -> Iterator[Side]:
@@ -108,10 +112,10 @@ def _sae_lens_config(shape: Shape) -> Any:
     return TopKTrainingSAEConfig(d_in=d, d_sae=f, k=k)
 
 
-def _sae_lens_loss(sae: Any, batch: Tensor) -> Tensor:
+def _sae_lens_loss(sae: Any, batch: Tensor, dead: Tensor | None = None) -> Tensor:
     from sae_lens.saes.sae import TrainStepInput
 
-    return sae.training_forward_pass(TrainStepInput(batch, {}, None, 0, False)).loss
+    return sae.training_forward_pass(TrainStepInput(batch, {}, dead, 0, False)).loss
 
 
 def _sae_lens_trainer(shape: Shape, sae: Any, trainer_class: Any) -> Side:
@@ -133,7 +137,8 @@ def _sae_lens_trainer(shape: Shape, sae: Any, trainer_class: Any) -> Side:
 
 
 SAE_LENS: dict[str, Case] = {
-    "forward + backward + clip + Adam": _sae_lens_loop,
+    "forward + backward + clip + Adam": _sae_lens_loop(0),
+    "the same, 10 % of latents dead": _sae_lens_loop(0.1),
     "in its SAETrainer": _sae_lens_in_trainer,
     "in its SAETrainer, fused": _sae_lens_fused,
     "encode, then decode, 1 token": _sae_lens_inference(1, whole=False),

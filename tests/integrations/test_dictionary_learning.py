@@ -3,6 +3,8 @@
 import copy
 import importlib.metadata
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -428,3 +430,20 @@ def test_fastsae_does_not_import_the_library() -> None:
         assert not {"dictionary_learning", "sparsify"} & set(sys.modules)
         """
     )
+
+
+def test_bench_measures_every_case() -> None:
+    command = [
+        sys.executable,
+        "bench/integrations.py",
+        "dictionary_learning",
+        "--shape",
+        "260,16,512,4",
+    ]
+    command += ["--steps", "1", "--threads", "1", "--json", "-"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=-1, check=True)
+    rows = json.loads(done.stdout)
+    assert len({row["case"] for row in rows}) == len(rows) == 6
+    for row in rows:
+        assert [row[size] for size in "ndfk"] == [260, 16, 512, 4]
+        assert row["ratio"] == row["before"]["s"] / row["after"]["s"]

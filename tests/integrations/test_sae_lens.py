@@ -18,9 +18,10 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformer_lens import HookedTransformerConfig
 
 from fastsae.integrations.lazy import Lazy
-from fastsae.integrations.sae_lens import accelerate, patch, restore
+from fastsae.integrations.sae_lens import FastTopKTrainingSAE, accelerate, patch, restore
 from fastsae.integrations.sae_lens.methods import METHODS, replaced
 
 N, D, F, K = 259, 24, 640, 8
@@ -141,7 +142,7 @@ def narrowest(sae: Any, h: Tensor, dead: Tensor) -> float:
         level = dead[start:width].nonzero()[:, 0] + start
         if len(level):
             found.append(gap(h[:, level], D // 2))
-    return float(min(found))
+    return min(found).item()
 
 
 def trainer_of(sae: Any, cls: Any = sae_lens.SAETrainer, **changes: Any) -> Any:
@@ -160,7 +161,7 @@ def trainer_of(sae: Any, cls: Any = sae_lens.SAETrainer, **changes: Any) -> Any:
 def train(trainer: Any, steps: int) -> list[float]:
     losses = []
     for i in range(steps):
-        losses.append(float(trainer.step(batch(i)).loss.detach()))
+        losses.append(trainer.step(batch(i)).loss.item())
         trainer.n_training_steps += 1
     return losses
 
@@ -300,6 +301,34 @@ def test_hidden_pre_of_a_custom_loss() -> None:
         compare(results(sae, x, None, fast=True), eager, exact)
 
 
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_steps_on_sequences(kind: str) -> None:
+    sae, x, dead = make(kind), batch(0, 7 * 40).view(7, 40, D), torch.arange(F) % 16 == 0
+    exact = results(in_float64(sae), x.double(), dead)
+    eager = results(sae, x, dead)
+    with accelerate():
+        compare(results(sae, x, dead, fast=True), eager, exact)
+
+
+@training
+def test_frozen_parameters_get_no_gradient(kind: str) -> None:
+    x, dead = batch(0), torch.arange(F) % 16 == 0
+    names = [name for name, _ in make(kind).named_parameters()]
+    for frozen in (*([name] for name in names), names):
+        found = []
+        for context in (torch.enable_grad(), accelerate()):
+            sae = make(kind)
+            for name in frozen:
+                sae.get_parameter(name).requires_grad_(False)
+            with context:
+                out = sae.training_forward_pass(step_input(x, dead))
+            if frozen != names:
+                out.loss.backward()
+            found.append({name: p.grad for name, p in sae.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys() and not found[0].keys() & set(frozen)
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+
+
 # ---- inference ----
 
 
@@ -336,7 +365,7 @@ def inference(kind: str, **changes: Any) -> Any:
 
 INFERENCE = (
     "topk",
-    "topk-plain",
+    "topk-unscaled",
     "jumprelu",
     "standard",
     "transcoder",
@@ -399,9 +428,9 @@ def test_few_tokens_are_decoded_from_their_pairs(monkeypatch: pytest.MonkeyPatch
         compare_outputs(inference(kind), batch(0, 2))
 
 
-@kinds
+@pytest.mark.parametrize("kind", [*INFERENCE, *(k for k in TRAINING if k != "topk")])
 def test_forward_makes_no_matrix(kind: str) -> None:
-    sae = inference(kind)
+    sae = inference(kind) if kind in INFERENCE else make(kind)
     with Made({(N, F)}, []) as made:
         sae(batch(0)).sum().backward()
     assert made.operations
@@ -449,6 +478,28 @@ def test_transcoder_returns_its_activations() -> None:
         got = sae.forward_with_activations(x)
     assert type(got[1]) is Tensor
     torch.testing.assert_close(got, expected)
+
+
+def test_in_a_language_model() -> None:
+    """HookedSAETransformer calls encode and decode itself; with hooks, caches and gradients."""
+    config = HookedTransformerConfig(
+        n_layers=1, d_model=D, n_ctx=32, d_head=8, act_fn="relu", d_vocab=50, seed=0
+    )
+    model = sae_lens.HookedSAETransformer(config)
+    metadata = sae_lens.saes.sae.SAEMetadata(hook_name="blocks.0.hook_resid_post")
+    model.add_sae(inference("topk", metadata=metadata), use_error_term=True)
+    tokens = torch.randint(50, (10, 32), generator=torch.Generator().manual_seed(0))
+    post = "blocks.0.hook_resid_post.hook_sae_acts_post"
+    found = []
+    for context in (torch.enable_grad(), accelerate()):
+        with context:
+            model.zero_grad()
+            logits, cache = model.run_with_cache(tokens)
+            steered = model.run_with_hooks(tokens, fwd_hooks=[(post, lambda t, hook: 0.5 * t)])
+            model(tokens).square().sum().backward()
+            with torch.no_grad():
+                found.append([logits, steered, model(tokens), cache[post], model.embed.W_E.grad])
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
 
 
 # ---- what it steps aside for, and what must keep working ----
@@ -672,10 +723,13 @@ def test_blocks() -> None:
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch, "version", lambda name: "7.0.0")
+    monkeypatch.setattr("fastsae.integrations.sae_lens.methods.version", lambda name: "7.0.0")
     before = methods()
     with pytest.raises(RuntimeError, match=r"sae-lens: expected version 6\.54\.12.*got 7\.0\.0"):
         accelerate()
     assert methods() == before
+    with pytest.raises(RuntimeError, match="expected version"):
+        FastTopKTrainingSAE(TRAINING["topk"]())
     with accelerate(force=True):
         assert methods() != before
+        FastTopKTrainingSAE(TRAINING["topk"]())

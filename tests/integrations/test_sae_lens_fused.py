@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import sae_lens
 import torch
+from datasets import Dataset
 from test_sae_lens import TRAINING, D, F, K, Made, N, batch, make, train, trainer_of, training
 from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from fastsae.integrations import sae_lens as fast
 from fastsae.integrations.lazy import Lazy
@@ -115,6 +117,54 @@ def test_accelerated_trainers_fuse_them() -> None:
         assert isinstance(trainer_of(make("topk")).optimizer, torch.optim.Adam)
         again = trainer_of(fast_of("topk"), fast.FastSAETrainer)
         assert train(trainer, 3) == train(again, 3)
+
+
+def run_on_a_model(sae: Any) -> Any:
+    """SAELens's whole runner, on a small model with random weights."""
+    model = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=1, d_model=D, n_ctx=16, d_head=8, act_fn="relu", d_vocab=50, seed=0
+        )
+    )
+    tokens = torch.randint(50, (400, 16), generator=torch.Generator().manual_seed(1))
+    config = sae_lens.LanguageModelSAERunnerConfig(
+        sae=TRAINING["topk"](),
+        model_name="small",
+        hook_name="blocks.0.hook_resid_post",
+        dataset_path="none",
+        is_dataset_tokenized=True,
+        prepend_bos=False,
+        context_size=16,
+        training_tokens=6 * 320,
+        train_batch_size_tokens=320,
+        store_batch_size_prompts=8,
+        n_batches_in_buffer=64,
+        lr=1e-3,
+        device="cpu",
+        output_path=None,
+        logger=sae_lens.LoggingConfig(log_to_wandb=False),
+    )
+    torch.manual_seed(0)
+    return sae_lens.LanguageModelSAETrainingRunner(
+        config,
+        override_dataset=Dataset.from_dict({"input_ids": tokens.tolist()}),
+        override_model=model,
+        override_sae=sae,
+    ).run()
+
+
+def test_in_the_runner() -> None:
+    theirs = run_on_a_model(make("topk"))
+    with accelerate():
+        ours = run_on_a_model(fast_of("topk"))
+        accelerated = run_on_a_model(make("topk"))
+    assert ours.W_enc.T.is_contiguous()  # it was fused
+    start = make("topk").state_dict()
+    for name, value in theirs.state_dict().items():
+        moved = (value - start[name]).norm()
+        assert moved > 0
+        for other in (ours, accelerated):
+            assert (other.state_dict()[name] - value).norm() < 0.01 * moved, name
 
 
 def test_other_saes_are_trained_as_they_were() -> None:

@@ -3,7 +3,10 @@
 import copy
 import importlib
 import importlib.metadata
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -548,3 +551,14 @@ def test_it_needs_no_environment_variable_on_a_cpu() -> None:
                 sae.decode(*sae.encode(x)[:2])
         """
     )
+
+
+def test_bench_measures_every_case() -> None:
+    command = [sys.executable, "bench/integrations.py", "sparsify", "--shape", "260,16,512,4"]
+    command += ["--steps", "1", "--threads", "1", "--json", "-"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=-1, check=True)
+    rows = json.loads(done.stdout)
+    assert len({row["case"] for row in rows}) == len(rows) == 5
+    for row in rows:
+        assert [row[size] for size in "ndfk"] == [260, 16, 512, 4]
+        assert row["ratio"] == row["before"]["s"] / row["after"]["s"]

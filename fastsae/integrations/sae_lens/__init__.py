@@ -13,7 +13,8 @@ from fastsae.integrations.sae_lens.fused import (
     FastSAETrainer,
     FastTopKTrainingSAE,
 )
-from fastsae.integrations.sae_lens.patch import PROVEN, accelerate, restore
+from fastsae.integrations.sae_lens.methods import PROVEN
+from fastsae.integrations.sae_lens.patch import accelerate, restore
 
 __all__ = [
     "PROVEN",

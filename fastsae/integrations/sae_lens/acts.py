@@ -26,6 +26,8 @@ from fastsae.integrations.lazy import Lazy, dense, lazy, lazy_codes
 
 MIN_TOKENS = 256
 """From how many tokens on a copy of W_enc by latents pays for itself."""
+MIN_TOKENS_IN_PLACE = 8
+"""From how many on the encoder is faster where W_enc is stored so."""
 
 
 class Acts(NamedTuple):
@@ -164,6 +166,5 @@ def latent_rows(sae: Any, n_tokens: int) -> Tensor | None:
     if bound is not None:
         return bound
     rows = sae.W_enc.T
-    if rows.is_contiguous():
-        return rows
-    return rows.contiguous() if n_tokens >= MIN_TOKENS else None
+    least = MIN_TOKENS_IN_PLACE if rows.is_contiguous() else MIN_TOKENS
+    return rows.contiguous() if n_tokens >= least else None

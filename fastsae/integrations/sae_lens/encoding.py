@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
 
 def _encoded(sae: Any, x: Tensor, choose: Choose) -> Encoded | None:
     """The pairs of x (…, D); None where SAELens's own way is the better or the only one."""
-    n_tokens = x.numel() // max(sae.cfg.d_in, 1)
+    n_tokens = x.numel() // sae.cfg.d_in
     rows = latent_rows(sae, n_tokens)
     if rows is None or not x.is_floating_point():
         return None
@@ -66,7 +66,7 @@ def _encoded(sae: Any, x: Tensor, choose: Choose) -> Encoded | None:
 # ---- the rules ----
 
 
-def _has_budget(sae: Any, x: Tensor) -> bool:
+def _has_budget(sae: Any) -> bool:
     rule, d_sae = sae.activation_fn, sae.cfg.d_sae
     if type(rule) is TopK:
         return rule.k <= d_sae and not rule.use_sparse_activations
@@ -124,7 +124,7 @@ def _encode(original: Method, sae: Any, x: Tensor, choose: Choose) -> Tensor:
 
 def encode_best(original: Method, sae: Any, x: Tensor) -> Tensor:
     """TopKSAE.encode."""
-    return _encode(original, sae, x, _best) if _has_budget(sae, x) else original(sae, x)
+    return _encode(original, sae, x, _best) if _has_budget(sae) else original(sae, x)
 
 
 def encode_active(original: Method, sae: Any, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def encode_active(original: Method, sae: Any, x: Tensor) -> Tensor:
 
 def encode_training(original: Method, sae: Any, x: Tensor) -> Tensor:
     """TrainingSAE.encode: no hidden_pre."""
-    if not coverable(sae):
+    if is_left_out(sae) or not coverable(sae):
         return original(sae, x)
     with leaving_out(sae):
         acts, _ = sae.encode_with_hidden_pre(x)
@@ -144,7 +144,7 @@ def encode_training(original: Method, sae: Any, x: Tensor) -> Tensor:
 
 def encode_best_with_hidden_pre(original: Method, sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """TopKTrainingSAE.encode_with_hidden_pre, also that of BatchTopK and Matryoshka."""
-    found = _encoded(sae, x, _best) if is_left_out(sae) and _has_budget(sae, x) else None
+    found = _encoded(sae, x, _best) if is_left_out(sae) and _has_budget(sae) else None
     if found is None:
         return original(sae, x)
     pairs, source, shape = found

@@ -27,7 +27,13 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from fastsae.integrations.sae_lens.encoding import Method
-from fastsae.integrations.sae_lens.methods import METHODS, inherited, instead_of
+from fastsae.integrations.sae_lens.methods import (
+    METHODS,
+    check_version,
+    inherited,
+    instead_of,
+    replaced,
+)
 from fastsae.optim import Adam
 
 CLIP = 1.0
@@ -35,9 +41,13 @@ CLIP = 1.0
 
 
 class Fast:
-    """What the SAEs here share."""
+    """What the SAEs here share. RuntimeError as from `accelerate`, unless that is on."""
 
     W_enc: nn.Parameter
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_version(force=bool(replaced))
+        super().__init__(*args, **kwargs)
 
     def latents_in_a_row(self) -> Tensor:
         """Puts W_enc's latents one after the other in memory; returns it as (F, D)."""
@@ -61,22 +71,22 @@ def _accelerated(cls: type) -> type:
 
 @_accelerated
 class FastTopKTrainingSAE(Fast, TopKTrainingSAE):
-    pass
+    """TopKTrainingSAE, accelerated and ready to be fused."""
 
 
 @_accelerated
 class FastBatchTopKTrainingSAE(Fast, BatchTopKTrainingSAE):
-    pass
+    """BatchTopKTrainingSAE, accelerated and ready to be fused."""
 
 
 @_accelerated
 class FastMatryoshkaBatchTopKTrainingSAE(Fast, MatryoshkaBatchTopKTrainingSAE):
-    pass
+    """MatryoshkaBatchTopKTrainingSAE, accelerated and ready to be fused."""
 
 
 @_accelerated
 class FastJumpReLUTrainingSAE(Fast, JumpReLUTrainingSAE):
-    pass
+    """JumpReLUTrainingSAE, accelerated and ready to be fused."""
 
 
 class RowAdam(Adam):
@@ -121,7 +131,9 @@ class RowAdam(Adam):
     def step(self, *args: Any, **kwargs: Any) -> Any:
         given = self.sae.W_enc.grad  # of a step with hooks, which want dense matrices
         if given is not None:
-            self.rows.grad, self.sae.W_enc.grad = given.T.contiguous(), None
+            dense = given.T.contiguous()
+            self.rows.grad = dense if self.rows.grad is None else self.rows.grad + dense
+            self.sae.W_enc.grad = None
         return super().step(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:

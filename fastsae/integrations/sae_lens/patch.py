@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from types import TracebackType
 
 from fastsae.integrations.sae_lens.fused import TRAINER_METHODS
-from fastsae.integrations.sae_lens.methods import METHODS, instead_of, replaced
-
-PROVEN = ("6.54.12",)
-"""The versions of SAELens that the tests ran with."""
-
-
-def check_version(force: bool) -> None:
-    """RuntimeError for a version of SAELens that is not in PROVEN, unless forced."""
-    found = version("sae-lens")
-    if found not in PROVEN and not force:
-        raise RuntimeError(
-            f"sae-lens: expected version {' or '.join(PROVEN)}, which fastsae was tested with, got "
-            f"{found}; accelerate(force=True) tries it all the same"
-        )
+from fastsae.integrations.sae_lens.methods import METHODS, check_version, instead_of, replaced
 
 
 class Acceleration:
