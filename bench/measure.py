@@ -10,10 +10,11 @@ import argparse
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +26,26 @@ Weights = Callable[[], torch.Tensor]
 """The encoder's weights, [F, D]."""
 Build = Callable[[Shape, torch.Tensor], tuple[Step, Weights]]
 """Makes the model, given the first batch."""
+
+
+class Side(NamedTuple):
+    """A library with or without fastsae, in bench/integrations.py."""
+
+    step: Callable[[torch.Tensor], Any]
+    probe: Callable[[torch.Tensor], torch.Tensor]
+    """What both sides must agree on, given a batch."""
+    on: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """While it is entered, this is the side."""
+
+
+Case = Callable[[Shape], Iterator[Side]]
+"""Yields the side before, and once that was measured and forgotten, the side after."""
+
+
+def tokens(batch: torch.Tensor, n: int) -> torch.Tensor:
+    """n rows, of the batch and once more of it as long as they do not suffice."""
+    return batch.repeat(-(-n // len(batch)), 1)[:n]
+
 
 ROOT = Path(__file__).resolve().parent.parent
 

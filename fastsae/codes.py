@@ -95,14 +95,20 @@ class Codes:
         active = (self.idx >= 0) & (self.vals != 0)
         return self.idx[active].long().bincount(minlength=self.n_latents)
 
+    def only(self, kept: Tensor) -> Codes:
+        """The same codes with padding where `kept` (bool, as idx) is false."""
+        vals, idx = self.vals.where(kept, 0), self.idx.where(kept, -1)
+        return Codes(vals, idx, self.n_latents, self.row_ptr)
+
     def to_dense(self) -> Tensor:
         """The (N, n_latents) matrix. Differentiable in vals."""
-        vals, idx = padded(self.vals, self.row_ptr, 0), padded(self.idx, self.row_ptr, -1).long()
-        dense = vals.new_zeros(
-            self.n_tokens, self.n_latents + 1
-        )  # padding falls in the extra column
-        dense = dense.scatter(1, idx.where(idx >= 0, self.n_latents), vals)
-        return dense[:, : self.n_latents]
+        idx = self.idx.reshape(-1)
+        place = self.token_ids() * self.n_latents + idx.clamp(min=0)
+        vals = self.vals.reshape(-1).where(idx >= 0, 0)
+        dense = vals.new_zeros(self.n_tokens * self.n_latents)
+        if len(dense):
+            dense.scatter_add_(0, place, vals)  # padding adds 0 to latent 0
+        return dense.view(self.n_tokens, self.n_latents)
 
     def to_sparse_csr(self) -> Tensor:
         """A torch.sparse_csr matrix (N, n_latents) of the entries that are not padding."""
@@ -128,26 +134,23 @@ class Codes:
         if dense.ndim != 2:
             raise ValueError(f"dense: expected 2 dimensions, got {dense.ndim}")
         n_tokens, n_latents = dense.shape
-        lengths = (dense != 0).sum(1)
-        longest = int(lengths.max()) if n_tokens else 0
-        width = longest if k is None else k
-        if longest > width:
-            raise ValueError(f"dense: expected at most k = {k} nonzeros a row, got {longest}")
-        key = dense.where(dense != 0, -torch.inf)
-        idx = key.sort(dim=1, descending=True, stable=True).indices[:, :width]
-        vals = dense.gather(1, idx)
-        there = vals != 0
-        idx = idx.where(there, -1).to(torch.int32)
-        if k is not None:
-            pad = (0, k - idx.shape[1])
-            return cls(
-                torch.nn.functional.pad(vals, pad),
-                torch.nn.functional.pad(idx, pad, value=-1),
-                n_latents,
-            )
+        token, latent = dense.nonzero(as_tuple=True)
         row_ptr = torch.zeros(n_tokens + 1, dtype=torch.int64, device=dense.device)
-        row_ptr[1:] = lengths.cumsum(0)
-        return cls(vals[there], idx[there], n_latents, row_ptr)
+        row_ptr[1:] = token.bincount(minlength=n_tokens).cumsum(0)
+        longest = int(row_ptr.diff().max()) if n_tokens else 0
+        if k is not None and longest > k:
+            raise ValueError(f"dense: expected at most k = {k} nonzeros a row, got {longest}")
+        vals = dense[token, latent]
+        order = vals.argsort(descending=True, stable=True)
+        order = order[token[order].argsort(stable=True)]
+        vals, idx = vals[order], latent[order].to(torch.int32)
+        if k is None:
+            return cls(vals, idx, n_latents, row_ptr)
+        room = (0, k - longest)
+        vals = torch.nn.functional.pad(padded(vals, row_ptr, 0), room)
+        return cls(
+            vals, torch.nn.functional.pad(padded(idx, row_ptr, -1), room, value=-1), n_latents
+        )
 
     def __len__(self) -> int:
         return self.n_tokens

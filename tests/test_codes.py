@@ -49,7 +49,7 @@ STORED_ZEROS = {
 def test_from_dense_and_back(k: int | None, dtype: torch.dtype) -> None:
     dense = DENSE.to(dtype)
     back = Codes.from_dense(dense, k).validate().to_dense()
-    assert back.dtype == dtype
+    assert back.dtype == dtype and back.is_contiguous()
     assert torch.equal(back, dense)
 
 
@@ -139,6 +139,16 @@ def test_stored_zeros_and_padding_are_not_active(codes: Codes) -> None:
     assert codes.l0().tolist() == [1, 0, 2]
     assert codes.firing_counts().tolist() == [1, 0, 0, 0, 2]
     assert codes.to_dense().tolist() == [[0, 0, 0, 0, 2], [0] * 5, [3, 0, 0, 0, 1]]
+
+
+@LAYOUTS
+def test_only_makes_padding_of_the_rest(k: int | None) -> None:
+    codes = Codes.from_dense(DENSE, k)
+    some = codes.only((codes.idx == 1) | (codes.idx == 4)).validate()
+    expected = torch.zeros_like(DENSE)
+    expected[:, [1, 4]] = DENSE[:, [1, 4]]
+    assert torch.equal(some.to_dense(), expected)
+    assert some.idx.shape == codes.idx.shape and some.row_ptr is codes.row_ptr
 
 
 def test_token_ids_name_the_token_of_every_entry() -> None:

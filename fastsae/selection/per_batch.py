@@ -186,11 +186,7 @@ class Matryoshka(_BatchBudget, Selection):
     def parts(self, codes: Codes) -> list[tuple[float, Codes]]:
         ends = self.ends(codes.n_latents)
         weight = 1 / (len(ends) + self.bias_term)
-        parts = [(weight, _only(codes, codes.idx < 0))] if self.bias_term else []
+        parts = [(weight, codes.only(codes.idx < 0))] if self.bias_term else []
         for start, end in zip([0, *ends], ends, strict=False):
-            parts.append((weight, _only(codes, (codes.idx >= start) & (codes.idx < end))))
+            parts.append((weight, codes.only((codes.idx >= start) & (codes.idx < end))))
         return parts
-
-
-def _only(codes: Codes, kept: Tensor) -> Codes:
-    return Codes(codes.vals, codes.idx.where(kept, -1), codes.n_latents, codes.row_ptr)

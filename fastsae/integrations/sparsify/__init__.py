@@ -1,0 +1,94 @@
+"""A backend for sparsify (eai-sparsify): its SparseCoder by codes, its two kernels replaced.
+
+    from fastsae.integrations import sparsify as fast
+    fast.accelerate()                    # until .restore(); or: with fast.accelerate(): ...
+
+Forward values, files and what its Trainer reads stay as they are. The gradients are those of the
+forward computation, where the library's encoder drops some: see `accelerate`. docs/sparsify.md has
+the limits.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from schedulefree import ScheduleFreeWrapper
+from sparsify.fused_encoder import EncoderOutput
+from sparsify.sparse_coder import ForwardOutput, SparseCoder
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.integrations.library import Accelerated, check_version
+from fastsae.integrations.sparsify import coder, schedule_free
+from fastsae.integrations.sparsify.functions import Activation, decoder_impl, fused_encoder
+
+__all__ = ["PROVEN", "Accelerated", "accelerate", "decoder_impl", "fused_encoder"]
+
+PROVEN = ("1.3.3",)
+"""The versions of eai-sparsify that the tests ran with; others need force=True."""
+
+
+def accelerate(*, parity: bool = False, fused: bool = True, force: bool = False) -> Accelerated:
+    """Makes every SparseCoder, existing ones too, faster until `restore` is called.
+
+    parity: the encoder gets the library's gradients instead: none from AuxK and Multi-TopK, and
+    some for selected latents that are 0. (Its backward ignores the gradient of the pre-activations
+    and does not apply the ReLU's.)
+    fused: False replaces `fused_encoder` and `decoder_impl` alone, for a SparseCoder with a forward
+    of its own; its AuxK and Multi-TopK then cost dense products. True replaces the SparseCoder's
+    encode, forward and operations on unit rows too, and the step of the default optimiser.
+    force: also with versions other than PROVEN.
+    RuntimeError for those, and where it is accelerated already.
+    """
+    check_version("eai-sparsify", PROVEN, force)
+    check_version("schedulefree", schedule_free.PROVEN, force)
+
+    def encoder(
+        input: Tensor, weight: Tensor, bias: Tensor, k: int, activation: Activation
+    ) -> EncoderOutput:
+        return fused_encoder(input, weight, bias, k, activation, parity=parity)
+
+    def encode(self: Any, x: Tensor) -> EncoderOutput:
+        return coder.encode(self, x, parity)
+
+    def forward(
+        self: Any,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        dead_mask: Tensor | None = None,
+        total_variance: Tensor | None = None,
+    ) -> ForwardOutput:
+        return coder.forward(self, x, y, dead_mask, total_variance, parity)
+
+    def library(name: str) -> Any:  # sparsify.fused_encoder is a module and what it holds
+        return importlib.import_module(f"sparsify.{name}")
+
+    replacements: list[tuple[Any, str, Any]] = [
+        (library("sparse_coder"), "fused_encoder", encoder),
+        (library("fused_encoder"), "fused_encoder", encoder),
+        (library("sparse_coder"), "decoder_impl", decoder_impl),
+        (library("utils"), "decoder_impl", decoder_impl),
+    ]
+    if fused:
+        step = schedule_free.faster(ScheduleFreeWrapper.step)
+        replacements += [
+            (SparseCoder, "encode", encode),
+            (SparseCoder, "forward", forward),
+            (SparseCoder, "set_decoder_norm_to_unit_norm", _normalize),
+            (SparseCoder, "remove_gradient_parallel_to_decoder_directions", _project),
+            (ScheduleFreeWrapper, "step", step),
+        ]
+    return Accelerated(replacements)
+
+
+@torch.no_grad()
+def _normalize(self: Any) -> None:
+    ops.normalize_rows_(self.W_dec)
+
+
+@torch.no_grad()
+def _project(self: Any) -> None:
+    ops.project_rows_(self.W_dec.grad, self.W_dec)
