@@ -214,7 +214,8 @@ def test_hooks_in_a_fused_step() -> None:
 
 @pytest.mark.parametrize("beta1", [0.9, 0.0])
 def test_checkpoints_are_sae_lens_own(beta1: float, tmp_path: Any) -> None:
-    settings = {"adam_beta1": beta1, "lr_warm_up_steps": 3, "checkpoint_path": str(tmp_path)}
+    settings: dict[str, Any] = {"adam_beta1": beta1, "adam_beta2": 0.5, "lr_warm_up_steps": 3}
+    settings |= {"checkpoint_path": str(tmp_path)}
     ours, theirs = fused("batchtopk", **settings), trainer_of(make("batchtopk"), **settings)
     train(ours, 5), train(theirs, 5)
     ours.save_checkpoint("ours"), theirs.save_checkpoint("theirs")
