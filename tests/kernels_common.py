@@ -39,9 +39,7 @@ def check_compiled(module: str, variant: str, target: str) -> None:
     spills["encode_threshold"] = 160 if variant.startswith("bits") else 0
     assert used["spills"] <= (0 if target == "H100" else spills.get(module, 0))
     assert used["shared"] <= {"A100": 163, "MI300": 64}.get(target, 227) << 10
-    two_on_an_sm = ("bf16-32", "bf16-32-bias", "bits-bf16")
-    if module == "keys":
-        two_on_an_sm += ("bf16-32-latents",)
+    two_on_an_sm = ("bf16-32", "bf16-32-bias", "bf16-32-latents", "bits-bf16")
     if target == "H100" and variant in two_on_an_sm:
         assert used["registers"] <= 128 and used["shared"] <= 113 << 10
     # Integers of histograms, in memory of the program or of all.

@@ -169,6 +169,28 @@ def test_value_that_overflows_below(run):
     assert vals[1].isfinite().all()
 
 
+@run_all
+def test_product_that_overflows_in_the_screen(run):
+    """In sequence a sum passes 3.4e38; its value is 1e38, less than the best: it bounds nothing."""
+    x, W = torch.zeros(2, 64), torch.zeros(128, 64)
+    x[:, 0] = x[:, 1] = x[:, 32] = 1e19
+    W[100, 0] = W[100, 1] = 2e19
+    W[100, 32], W[50, 0] = -3e19, 1.7e19
+    case = Case(x, W, None, 1)
+    for absolute in (False, True):
+        assert (check_scored(run, case, absolute=absolute) == 50).all()
+
+
+@run_all
+def test_smallest_values_of_a_bucket(run):
+    """4 buckets of 32: the last latents have keys with nothing in the lowest bits."""
+    b = torch.full((128,), -1.0)
+    b[[3, 126, 127]] = torch.tensor([3e-45, 4e-45, 1e-45])
+    case = Case(torch.zeros(2, 8), randn(128, 8), b, 2)
+    for k in (1, 2):
+        check_scored(run, case._replace(k=k))
+
+
 def test_autocast_leaves_torchs_product_alone():
     x, W = randn(4, 40), randn(20, 40, seed=1)
     for b in (None, randn(20, seed=2)):
