@@ -64,7 +64,7 @@ from fastsae.kernels import (
 )
 from fastsae.kernels import rows as row_kernels
 from fastsae.kernels.checks import Cost
-from fastsae.kernels.norms import norms
+from fastsae.kernels.operands import screened
 from fastsae.kernels.select import candidates, room_for
 from fastsae.ops import Precision, RowGradient
 from fastsae.optim import Adam
@@ -240,10 +240,10 @@ def encode_rows(
     def staged() -> list[Any]:
         marks.clear()
         encode.encode(x, W, b, k)
-        return marks[-3:]  # two calls of norms; before and after candidates
+        return marks[:]  # after screened; before and after candidates
 
     with (
-        mock.patch.object(encode, "norms", marked(norms, False, True)),
+        mock.patch.object(encode, "screened", marked(screened, False, True)),
         mock.patch.object(encode, "candidates", marked(candidates, True, True)),
     ):
         found = clock.runs(staged)

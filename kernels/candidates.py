@@ -1,12 +1,11 @@
 """Candidates: the pairs of kernels/keys.py whose upper bound reaches their row's threshold.
 
-A bucket whose third key is below the threshold has kept all of its pairs that reach it; of any
-other all G columns are taken. First they are counted, and after torch's scan a list is filled: a
-row's pairs lie together, with holes (column -1) for columns that do not exist.
+First those that the buckets list (kernels/buckets.py) are counted, and after torch's scan a list is
+filled: a row's pairs lie together, with holes (column -1) for columns that do not exist.
 
 Room     A row whose room is not what it counts stays empty, and so do all where the list has too
          little: kernels/stream.py and stream_columns.py fill these.
-Shapes   keys (R, 3, buckets) int32; threshold, bits of a score, (1) or one for each latent, int32;
+Shapes   keys (R, 3, n_buckets), threshold, bits of a score, (1) or one for each latent, int32;
          counts (rows) int64; ptr (rows + 1) int64; row, col (room) int32. `rows` are all tokens or
          all latents, of which keys have some: `which`.
 Order    One program a row, no atomics.
@@ -20,28 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae.kernels.checks import Variant
-from fastsae.kernels.keys import Keys, bucket_variants
+from fastsae.kernels.buckets import KINDS, certain, column_of, listed, listed_column, most_listed
+from fastsae.kernels.checks import Cost, Variant
+from fastsae.kernels.keys import Keys, keys_cost
+from fastsae.kernels.radix import histogram
 
 
 @triton.jit
-def column_of(bucket, slot, n_tiles, BUCKETS: tl.constexpr):
-    """Which column: the tile that the bucket is in, and the column there."""
-    return bucket // BUCKETS + n_tiles * (slot * BUCKETS + bucket % BUCKETS)
-
-
-@triton.jit
-def lower_bounds(
+def _lower_bounds(
     keys_ptr, bias_ptr, scale_ptr, b_bound_ptr, row, a_bound, bucket, mask, n_tiles,
     BY_LATENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     BUCKETS: tl.constexpr, LOG2_G: tl.constexpr,
 ):  # fmt: skip
     """The bits of what the first pair of each bucket scores for certain; 0 for nothing."""
-    G: tl.constexpr = 1 << LOG2_G
     key = tl.load(keys_ptr + bucket, mask=mask, other=0)
     taken = key > 0
-    upper = (key & -G).to(tl.float32, bitcast=True)
-    col = column_of(bucket, G - 1 - (key & (G - 1)), n_tiles, BUCKETS)
+    col = column_of(key, bucket, n_tiles, BUCKETS, LOG2_G)
     m = a_bound * tl.load(b_bound_ptr + col, mask=taken, other=0.0)
     if HAS_BIAS:
         latent = col
@@ -50,10 +43,25 @@ def lower_bounds(
         m += tl.abs(tl.load(bias_ptr + latent, mask=taken, other=0.0).to(tl.float32)) * 2.0**-21
     if HAS_SCALE:
         m *= tl.load(scale_ptr + col, mask=taken, other=0.0)
-    # 2⁻¹²⁰ is more than all that is rounded among denormals.
-    lower = upper * (1 - G * 2.0**-21) - 2 * m * (1 + 2.0**-10) - 2.0**-120
-    certain = taken & (lower > 0) & (lower < float("inf"))
-    return tl.where(certain, lower, 0.0).to(tl.int32, bitcast=True)
+    return certain(key, m, LOG2_G)
+
+
+@triton.jit
+def bound_histogram(
+    keys_ptr, bias_ptr, scale_ptr, b_bound_ptr, row, a_bound, prefix, n_buckets, n_tiles,
+    ABOVE: tl.constexpr, SHIFT: tl.constexpr, BY_LATENT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BUCKETS: tl.constexpr, LOG2_G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As kernels/radix.py has it, of the lower bounds of a row."""
+    hist = tl.zeros([2048], tl.int32)
+    for start in range(0, n_buckets, BLOCK):
+        bucket = start + tl.arange(0, BLOCK)
+        bits = _lower_bounds(
+            keys_ptr, bias_ptr, scale_ptr, b_bound_ptr, row, a_bound, bucket, bucket < n_buckets,
+            n_tiles, BY_LATENT, HAS_BIAS, HAS_SCALE, BUCKETS, LOG2_G,
+        )  # fmt: skip
+        hist += histogram(bits, prefix, ABOVE, SHIFT)
+    return hist
 
 
 @triton.jit
@@ -77,7 +85,6 @@ def _pairs_kernel(
     LOG2_G: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    G: tl.constexpr = 1 << LOG2_G
     r = tl.program_id(0).to(tl.int64)
     keys_ptr += r * 3 * n_buckets
     row = tl.load(which_ptr + r).to(tl.int64)
@@ -94,22 +101,15 @@ def _pairs_kernel(
     lane = tl.arange(0, BLOCK)
     for start in range(0, end, BLOCK):
         bucket = start + lane
-        mask = bucket < n_buckets
-        first = tl.load(keys_ptr + bucket, mask=mask, other=0)
-        second = tl.load(keys_ptr + n_buckets + bucket, mask=mask, other=0)
-        third = tl.load(keys_ptr + 2 * n_buckets + bucket, mask=mask, other=0)
-        flagged = third >= bits
-        kept = (first >= bits).to(tl.int32) + (second >= bits).to(tl.int32)
-        entries = tl.where(flagged, G, kept)
+        first, second, flagged, entries = listed(keys_ptr, bucket, n_buckets, bits, LOG2_G)
         if FILL:
             at = begin + count + tl.cumsum(entries, 0) - entries
-            for slot in range(tl.where(tl.max(flagged.to(tl.int32), 0) > 0, G, 2)):
-                key = first if slot == 0 else second
-                own = tl.where(flagged, slot, G - 1 - (key & (G - 1)))
-                col = column_of(bucket, own, n_tiles, BUCKETS)
-                stored = slot < entries
-                tl.store(pair_col_ptr + at + slot, tl.where(col < C, col, -1), mask=stored)
-                tl.store(pair_row_ptr + at + slot, row.to(tl.int32), mask=stored)
+            for which in range(most_listed(flagged, LOG2_G)):
+                col = listed_column(
+                    first, second, flagged, which, bucket, C, n_tiles, BUCKETS, LOG2_G
+                )
+                tl.store(pair_col_ptr + at + which, col, mask=which < entries)
+                tl.store(pair_row_ptr + at + which, row.to(tl.int32), mask=which < entries)
         count += tl.sum(entries, 0)
     if not FILL:
         tl.store(counts_ptr + row, count)
@@ -123,14 +123,21 @@ class Pairs(NamedTuple):
     ptr: Tensor
 
 
-def count_pairs(keys: Keys, threshold: Tensor, bad: Tensor, counts: Tensor) -> None:
-    """Writes counts of the keys' rows. threshold: of all rows (1), or of each latent."""
-    _launch(keys, threshold, bad, counts, None)
+def count_pairs(parts: list[Keys], threshold: Tensor, bad: Tensor, counts: Tensor) -> None:
+    """Writes counts of the parts' rows. threshold: of all rows (1), or of each latent."""
+    for keys in parts:
+        _launch(keys, threshold, bad, counts, None)
 
 
-def fill_pairs(keys: Keys, threshold: Tensor, bad: Tensor, counts: Tensor, pairs: Pairs) -> None:
-    """Writes the pairs of the keys' rows, where their room is what they count."""
-    _launch(keys, threshold, bad, counts, pairs)
+def list_pairs(
+    parts: list[Keys], threshold: Tensor, bad: Tensor, counts: Tensor, ptr: Tensor, room: int
+) -> Pairs:
+    """The pairs of rows whose room is what they count, if all have `room` together."""
+    most = sum(len(of.keys) * of.buckets.n_tiles * of.buckets.bn for of in parts)
+    pairs = empty_pairs(min(most, room), ptr)
+    for keys in parts:
+        _launch(keys, threshold, bad, counts, pairs)
+    return pairs
 
 
 def _launch(
@@ -140,11 +147,11 @@ def _launch(
     row, col, ptr = pairs or (None, None, None)
     config = pairs_config(n_buckets, keys.by_latent, pairs is not None)
     room = 0 if col is None else len(col)
-    sizes = len(keys.b_bound), len(counts), n_buckets, keys.n_tiles, room
+    sizes = len(keys.b_bound), len(counts), n_buckets, keys.buckets.n_tiles, room
     if keys.keys.numel():
         _pairs_kernel[(r,)](
             *(keys.keys, keys.which, threshold, bad, counts, ptr, row, col, *sizes),
-            **config | keys.buckets(),
+            **config | keys.buckets.constexprs,
         )
 
 
@@ -170,7 +177,7 @@ def pairs_config(n_buckets: int, by_latent: bool, fill: bool) -> dict[str, Any]:
 def variants() -> dict[str, Variant]:
     """What the launchers ship, by name: the size of buckets, and how many there are."""
     found = {}
-    for size, of_buckets in bucket_variants().items():
+    for size, buckets in KINDS.items():
         for n_buckets in (256, 4096) if size == 32 else (4096,):
             for by_latent in (False, True):
                 for fill in (False, True):
@@ -179,6 +186,20 @@ def variants() -> dict[str, Variant]:
                     found[name + "-latents" * by_latent] = Variant(
                         _pairs_kernel,
                         f"*i32:16, *i32:16, *i32:16, *i32:16, *i64:16, {out}" + ", i32:16" * 5,
-                        pairs_config(n_buckets, by_latent, fill) | of_buckets,
+                        pairs_config(n_buckets, by_latent, fill) | buckets.constexprs,
                     )
     return found
+
+
+def candidates_cost(
+    groups: tuple[tuple[int, float], ...], c: int, d: int, itemsize: int, listed: int, rest: int
+) -> dict[str, Cost]:
+    """By stage: groups of so many rows, of which k pairs are looked for; rest: bytes of a list."""
+    screens = [keys_cost(r, c, d, k, itemsize) for r, k in groups]
+    keys = sum(size for _, size in screens)
+    firsts, lists = 2 * keys // 3, 2 * keys + 8 * listed
+    return {
+        "screen": Cost(*map(sum, zip(*(cost for cost, _ in screens), strict=True))),
+        "bound": Cost(20 * firsts // 4, firsts, firsts),
+        "list": Cost(5 * lists, lists + rest, lists + rest),
+    }

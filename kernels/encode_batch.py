@@ -7,7 +7,7 @@ Shapes   x (N, D), W_enc (F, D), b_enc (F), scale (F); vals, idx (room), room = 
          row_ptr (N + 1).
 Dtypes   x, W_enc, b_enc fp32, bf16 or fp16; scale, vals fp32; idx int32; row_ptr int64.
 Order    Equal scores by token, then by latent. The values are fixed-order dot products
-         (kernels/tile.py), so results have the same bits as the CPU's.
+         (kernels/dot.py), so results have the same bits as the CPU's.
 
 Screen   kernels/keys.py: one product in two launches, the three largest upper bounds of each bucket
          of latents. The N/16 tokens of the largest norms, which may take most of the budget, get
@@ -30,19 +30,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae.kernels.buckets import KINDS
 from fastsae.kernels.candidates import (
+    bound_histogram,
+    candidates_cost,
     count_pairs,
-    empty_pairs,
-    fill_pairs,
-    lower_bounds,
+    list_pairs,
     pointers,
 )
 from fastsae.kernels.checks import Cost, Variant, expect
-from fastsae.kernels.keys import Keys, bucket_variants, keys_cost, keys_of
+from fastsae.kernels.keys import Keys, keys_of_groups
+from fastsae.kernels.operands import check_inputs, norms_cost, operands
 from fastsae.kernels.pairs import as_rows, mark, no_rows, pairs_cost, place, ranks, values
-from fastsae.kernels.radix import ROUGH, Search, histogram
+from fastsae.kernels.radix import ROUGH, Search, add
 from fastsae.kernels.stream import stream_batch
-from fastsae.kernels.tile import check_inputs, norms_cost, operands
 
 SLACK = 1 << 16
 HOT = 16  # one in so many tokens has small buckets
@@ -73,16 +74,11 @@ def _bound_kernel(
     n = tl.load(which_ptr + r)
     prefix = tl.load(state_ptr).to(tl.int32)
     x_bound = tl.load(x_bound_ptr + n)
-    hist = tl.zeros([2048], tl.int32)
-    for start in range(0, n_buckets, BLOCK):
-        bucket = start + tl.arange(0, BLOCK)
-        bits = lower_bounds(
-            keys_ptr, bias_ptr, scale_ptr, W_bound_ptr, n, x_bound, bucket, bucket < n_buckets,
-            n_tiles, False, HAS_BIAS, HAS_SCALE, BUCKETS, LOG2_G,
-        )  # fmt: skip
-        hist += histogram(bits, prefix, ABOVE, SHIFT)
-    bins = hist_ptr + tl.arange(0, 2048)
-    tl.atomic_add(bins, hist.to(tl.int64), mask=hist > 0, sem="relaxed")
+    hist = bound_histogram(
+        keys_ptr, bias_ptr, scale_ptr, W_bound_ptr, n, x_bound, prefix, n_buckets, n_tiles,
+        ABOVE, SHIFT, False, HAS_BIAS, HAS_SCALE, BUCKETS, LOG2_G, BLOCK,
+    )  # fmt: skip
+    add(hist_ptr, hist)
 
 
 def encode_batch(
@@ -107,18 +103,14 @@ def encode_batch(
         budget = min(budget, n * f)
         if not n * f:
             return no_rows(n, budget, x.device)
-        order, hot = of.x_bound.argsort(descending=True).int(), n // HOT
-        groups = ((order[:hot], 4 * HOT * budget / n), (order[hot:], budget / n))
-        parts = [keys_of(of, k, which, False, scale, absolute) for which, k in groups if len(which)]
+        order = of.x_bound.argsort(descending=True).int()
+        ks = 4 * HOT * budget / n, budget / n
+        parts = keys_of_groups(of, order, n // HOT, ks, False, scale, absolute)
         threshold = _bound(parts, budget)
         counts = torch.empty(n, dtype=torch.int64, device=x.device)
-        for part in parts:
-            count_pairs(part, threshold, of.bad, counts)
-        most = sum(len(part.keys) * part.n_tiles * part.bn for part in parts)
-        room = min(most, 4 * budget + SLACK)
-        pairs = empty_pairs(room, pointers(counts))
-        for part in parts:
-            fill_pairs(part, threshold, of.bad, counts, pairs)
+        count_pairs(parts, threshold, of.bad, counts)
+        pairs = list_pairs(parts, threshold, of.bad, counts, pointers(counts), 4 * budget + SLACK)
+        room = len(pairs.col)
         pairs = stream_batch(of, scale, absolute, budget, pairs, counts)
 
         value = values(of, pairs, by_latent=False)
@@ -144,9 +136,9 @@ def _bound(parts: list[Keys], budget: int) -> Tensor:
             r, _, n_buckets = of.keys.shape
             _bound_kernel[(r,)](
                 *(of.keys, of.which, of.bias, of.scale, of.a_bound, of.b_bound),
-                *(search.state, search.hist, n_buckets, of.n_tiles),
+                *(search.state, search.hist, n_buckets, of.buckets.n_tiles),
                 **bound_config(of.bias is not None, of.scale is not None, above, shift),
-                **of.buckets(),
+                **of.buckets.constexprs,
             )
         search.cut(shift)
     return search.bits()
@@ -166,12 +158,12 @@ def bound_config(has_bias: bool, has_scale: bool, above: int, shift: int) -> dic
 def variants() -> dict[str, Variant]:
     """What the launcher ships, by name."""
     found = {}
-    for buckets, of_buckets in bucket_variants().items():
+    for size, buckets in KINDS.items():
         for bias, scale in ((False, False), (True, False), (True, True)):
             b, s = ("*fp32:16" if has else "None" for has in (bias, scale))
             pointers = f"*i32:16, *i32:16, {b}, {s}, *fp32:16, *fp32:16, *i64:16, *i64:16"
-            config = bound_config(bias, scale, *ROUGH[1]) | of_buckets
-            found[f"bound-{buckets}" + "-bias" * bias + "-scale" * scale] = Variant(
+            config = bound_config(bias, scale, *ROUGH[1]) | buckets.constexprs
+            found[f"bound-{size}" + "-bias" * bias + "-scale" * scale] = Variant(
                 _bound_kernel, f"{pointers}, i32:16, i32", config
             )
     return found
@@ -181,16 +173,10 @@ def encode_batch_cost(
     n: int, d: int, f: int, budget: int, itemsize: int, candidates: float
 ) -> dict[str, Cost]:
     """By stage: x (n, d) fp32, f latents of itemsize, `candidates` for each pair of the budget."""
-    hot = n // HOT
+    hot, listed = n // HOT, round(candidates * budget)
     groups = (hot, 4 * HOT * budget / n), (n - hot, budget / n)
-    screens = [keys_cost(r, f, d, k, itemsize) for r, k in groups]
-    keys = sum(size for _, size in screens)
-    listed = round(candidates * budget)
-    firsts, twice = 2 * keys // 3, 2 * keys + 8 * listed
     return {
         "norms": norms_cost(n, d, f, itemsize),
-        "screen": Cost(*map(sum, zip(*(cost for cost, _ in screens), strict=True))),
-        "bound": Cost(20 * firsts // 4, firsts, firsts),
-        "list": Cost(5 * twice, twice, twice),
+        **candidates_cost(groups, f, d, itemsize, listed, 0),
         **pairs_cost(listed, 4 * budget + SLACK, budget, d, itemsize, 4),
     }

@@ -6,7 +6,7 @@
 Shapes   x (N, D), W_enc (F, D), b_enc (F), budgets (F); vals, idx (room); row_ptr (N + 1).
 Dtypes   x, W_enc, b_enc fp32, bf16 or fp16; vals fp32; idx, budgets int32; row_ptr int64.
 Order    Equal values of a latent by token. The values are fixed-order dot products
-         (kernels/tile.py), so results have the same bits as the CPU's.
+         (kernels/dot.py), so results have the same bits as the CPU's.
 
 Screen   kernels/keys.py with the roles changed: a row is a latent, its buckets are of tokens. One
          product in two launches: the F/32 latents with the largest budgets, found on the device,
@@ -30,19 +30,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae.kernels.buckets import KINDS
 from fastsae.kernels.candidates import (
+    bound_histogram,
+    candidates_cost,
     count_pairs,
-    empty_pairs,
-    fill_pairs,
-    lower_bounds,
+    list_pairs,
     pointers,
 )
 from fastsae.kernels.checks import Cost, Variant, expect
-from fastsae.kernels.keys import Keys, bucket_variants, keys_cost, keys_of
+from fastsae.kernels.keys import Keys, keys_of_groups
+from fastsae.kernels.operands import check_inputs, norms_cost, operands
 from fastsae.kernels.pairs import as_rows, mark, no_rows, pairs_cost, place, ranks, values
-from fastsae.kernels.radix import cut, histogram
+from fastsae.kernels.radix import cut
 from fastsae.kernels.stream_columns import stream_columns
-from fastsae.kernels.tile import check_inputs, norms_cost, operands
 from fastsae.reference import _check_budgets
 
 SLACK = 1 << 16
@@ -56,14 +57,10 @@ def _digit(
     BUCKETS: tl.constexpr, LOG2_G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As kernels/radix.py has it, of the lower bounds of one latent."""
-    hist = tl.zeros([2048], tl.int32)
-    for start in range(0, n_buckets, BLOCK):
-        bucket = start + tl.arange(0, BLOCK)
-        bits = lower_bounds(
-            keys_ptr, bias_ptr, None, x_bound_ptr, i, W_bound, bucket, bucket < n_buckets,
-            n_tiles, True, HAS_BIAS, False, BUCKETS, LOG2_G,
-        )  # fmt: skip
-        hist += histogram(bits, prefix, ABOVE, SHIFT)
+    hist = bound_histogram(
+        keys_ptr, bias_ptr, None, x_bound_ptr, i, W_bound, prefix, n_buckets, n_tiles,
+        ABOVE, SHIFT, True, HAS_BIAS, False, BUCKETS, LOG2_G, BLOCK,
+    )  # fmt: skip
     return cut(hist, wanted)
 
 
@@ -124,21 +121,15 @@ def encode_columns(
         counts = torch.zeros(f, dtype=torch.int64, device=x.device)
         threshold = torch.zeros(f, dtype=torch.int32, device=x.device)
         order = budgets.argsort(descending=True, stable=True).int()
-        hot = f // HOT
-        parts = []
-        for which, k in ((order[:hot], n), (order[hot:], 4 * room / f)):
-            if len(which):
-                part = keys_of(of, k, which, by_latent=True)
-                _bound(part, budgets, threshold)
-                count_pairs(part, threshold, of.bad, counts)
-                parts.append(part)
+        parts = keys_of_groups(of, order, f // HOT, (n, 4 * room / f), by_latent=True)
+        for part in parts:
+            _bound(part, budgets, threshold)
+        count_pairs(parts, threshold, of.bad, counts)
         beyond = (counts - 2 * wanted - 2).clamp(min=0)
         fits = (beyond == 0) | (beyond.cumsum(0) <= spare)
         ptr = pointers(counts.where(fits, wanted))
-        most = sum(len(part.keys) * part.n_tiles * part.bn for part in parts)
-        pairs = empty_pairs(min(most, 2 * room + 2 * f + spare), ptr)
-        for part in parts:
-            fill_pairs(part, threshold, of.bad, counts, pairs)
+        room_of_all = 2 * room + 2 * f + spare
+        pairs = list_pairs(parts, threshold, of.bad, counts, ptr, room_of_all)
         stream_columns(of, budgets, pairs, counts)
 
         value = values(of, pairs, by_latent=True)
@@ -157,9 +148,9 @@ def _bound(keys: Keys, budgets: Tensor, threshold: Tensor) -> None:
     r, _, n_buckets = keys.keys.shape
     _bound_kernel[(r,)](
         *(keys.keys, keys.which, keys.bias, keys.a_bound, keys.b_bound, budgets, threshold),
-        *(n_buckets, keys.n_tiles),
+        *(n_buckets, keys.buckets.n_tiles),
         **bound_config(n_buckets, keys.bias is not None),
-        **keys.buckets(),
+        **keys.buckets.constexprs,
     )
 
 
@@ -171,15 +162,15 @@ def bound_config(n_buckets: int, has_bias: bool) -> dict[str, Any]:
 def variants() -> dict[str, Variant]:
     """What the launcher ships, by name."""
     found = {}
-    for buckets, of_buckets in bucket_variants().items():
+    for size, buckets in KINDS.items():
         for bias in (False, True):
-            for n_buckets in (256, 2048) if buckets == 32 else (2048,):
+            for n_buckets in (256, 2048) if size == 32 else (2048,):
                 b = "*fp32:16" if bias else "None"
                 pointers = f"*i32:16, *i32:16, {b}, *fp32:16, *fp32:16, *i32:16, *i32:16"
-                found[f"bound-{buckets}-{n_buckets}" + "-bias" * bias] = Variant(
+                found[f"bound-{size}-{n_buckets}" + "-bias" * bias] = Variant(
                     _bound_kernel,
                     f"{pointers}, i32:16, i32",
-                    bound_config(n_buckets, bias) | of_buckets,
+                    bound_config(n_buckets, bias) | buckets.constexprs,
                 )
     return found
 
@@ -188,16 +179,10 @@ def encode_columns_cost(
     n: int, d: int, f: int, room: int, itemsize: int, candidates: float
 ) -> dict[str, Cost]:
     """By stage: x (n, d) fp32, f latents of itemsize, `candidates` for each pair of the room."""
-    hot = f // HOT
+    hot, listed = f // HOT, round(candidates * room)
     groups = (hot, n), (f - hot, 4 * room / f)
-    screens = [keys_cost(r, n, d, k, itemsize) for r, k in groups]
-    keys = sum(size for _, size in screens)
-    listed = round(candidates * room)
-    firsts, twice = 2 * keys // 3, 2 * keys + 8 * listed
     return {
         "norms": norms_cost(n, d, f, itemsize),
-        "screen": Cost(*map(sum, zip(*(cost for cost, _ in screens), strict=True))),
-        "bound": Cost(20 * firsts // 4, firsts, firsts),
-        "list": Cost(5 * twice, twice + 96 * f, twice + 96 * f),
+        **candidates_cost(groups, n, d, itemsize, listed, 96 * f),
         **pairs_cost(listed, 6 * room + 2 * f + SLACK, room, d, 4, itemsize),
     }

@@ -6,7 +6,7 @@
 Shapes   x (N, D), W_enc (F, D), b_enc, thresholds (F); vals, idx (nnz); row_ptr (N + 1).
 Dtypes   x, W_enc, b_enc fp32, bf16 or fp16; thresholds, vals fp32; idx int32; row_ptr int64.
 Order    In a row by value descending, then by latent. The values are fixed-order dot products
-         (kernels/tile.py), so results have the same bits as the CPU's.
+         (kernels/dot.py), so results have the same bits as the CPU's.
 
 Screen   One product, of which a bit for each pair stays: whether its upper bound t + b + m exceeds
          the threshold. Word j of a token holds the latents 32j … 32j + 31, which a tile has in
@@ -28,17 +28,9 @@ from torch import Tensor
 
 from fastsae.kernels.candidates import Pairs, empty_pairs, pointers
 from fastsae.kernels.checks import Cost, Variant, expect
+from fastsae.kernels.operands import Operands, check_inputs, norms_cost, operands
 from fastsae.kernels.pairs import as_rows, mark, pairs_cost, values
-from fastsae.kernels.screen import products
-from fastsae.kernels.tile import (
-    Operands,
-    check_inputs,
-    norms_cost,
-    operands,
-    product_cost,
-    tile_at,
-    tile_config,
-)
+from fastsae.kernels.tile import product_cost, products, tile_at, tile_config
 from fastsae.reference import TooManyPairs
 
 SLACK = 1 << 16
@@ -169,7 +161,7 @@ def encode_threshold(
 def _bits(of: Operands, thresholds: Tensor) -> Tensor:
     """(N, n_words) int32: which pairs may be above their thresholds."""
     (n, d), f = of.x.shape, len(of.W)
-    config = bits_config(of.multiply, d, of.aligned())
+    config = tile_config(of.multiply, d, of.aligned())
     n_tiles = triton.cdiv(f, config["BN"])
     words = torch.empty(n, n_tiles * config["BN"] // 32, dtype=torch.int32, device=of.x.device)
     theta = thresholds.double()
@@ -205,10 +197,6 @@ def _fill(words: Tensor, room: int, ptr: Tensor) -> Pairs:
     return pairs
 
 
-def bits_config(multiply: str, d: int, aligned: bool) -> dict[str, Any]:
-    return tile_config(multiply, d, aligned, may_be_wide=True)
-
-
 def list_config(n_words: int, fill: bool) -> dict[str, Any]:
     return {"FILL": fill, "BLOCK": min(64, triton.next_power_of_2(n_words)), "num_warps": 4}
 
@@ -218,7 +206,7 @@ def variants() -> dict[str, Variant]:
     found = {}
     for w, multiply in (("bf16", "bf16"), ("fp32", "tf32"), ("fp32", "ieee")):
         for kind, d, i32 in (("", 768, "i32:16"), ("-wide", 4096, "i32:16"), ("-ragged", 3, "i32")):
-            config = bits_config(multiply, d, kind != "-ragged") | {"UPCAST": False}
+            config = tile_config(multiply, d, kind != "-ragged") | {"UPCAST": False}
             if kind == "-wide" and config["BN"] == 128:
                 continue
             pointers = f"*{w}:16, *{w}:16, *fp32:16, *fp32:16, *fp32:16, *i32:16"
@@ -239,7 +227,7 @@ def encode_threshold_cost(
     n: int, d: int, f: int, nnz: int, itemsize: int, candidates: float
 ) -> dict[str, Cost]:
     """By stage: x (n, d) fp32, f latents of itemsize, `candidates` for each pair above."""
-    config = bits_config("bf16" if itemsize == 2 else "tf32", d, d % 16 == 0)
+    config = tile_config("bf16" if itemsize == 2 else "tf32", d, d % 16 == 0)
     words, listed = n * triton.cdiv(f, config["BN"]) * config["BN"] // 8, round(candidates * nnz)
     lists = 2 * words + 8 * listed
     return {

@@ -2,7 +2,7 @@
 
     value[p] = dot(x[token[p]], W_enc[latent[p]]) + b_enc[latent[p]]
 
-_value_kernel  The fixed-order dot of kernels/tile.py.
+_value_kernel  The fixed-order dot of kernels/dot.py.
 _rank_kernel   A pair's place in its row by (score descending, column ascending): 64 pairs a program
                are compared with all of their rows, which costs len² for a long one, spread over
                len/64 programs.
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fastsae.kernels.candidates import Pairs
 from fastsae.kernels.checks import Cost, Variant
-from fastsae.kernels.tile import Operands, dots
+from fastsae.kernels.dot import dots
+from fastsae.kernels.operands import Operands
 
 
 @triton.jit
@@ -45,13 +46,11 @@ def _value_kernel(
     there = col >= 0
     value = tl.zeros([C], tl.float32)
     if tl.max(col, 0) >= 0:
-        row = tl.load(row_ptr + at, mask=there, other=0)
+        row = tl.load(row_ptr + at, mask=there, other=-1)
         token, latent = row, col
         if BY_LATENT:
             token, latent = col, row
-        value = dots(x_ptr, W_ptr, token, latent, there, D, stride_x, stride_W, C)
-        if HAS_BIAS:
-            value += tl.load(bias_ptr + latent, mask=there, other=0.0).to(tl.float32)
+        value = dots(x_ptr, W_ptr, bias_ptr, token, latent, D, stride_x, stride_W, HAS_BIAS, C)
     tl.store(value_ptr + at, tl.where(there, value, 0.0), mask=at < ROOM)
 
 

@@ -29,6 +29,13 @@ def histogram(bits, prefix, ABOVE: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def add(hist_ptr, hist):
+    """A program's counts, added to those of all."""
+    bins = hist_ptr + tl.arange(0, 2048)
+    tl.atomic_add(bins, hist.to(tl.int64), mask=hist > 0, sem="relaxed")
+
+
+@triton.jit
 def cut(hist, wanted):
     """The digit of the `wanted`-th largest, and how many of that digit are wanted."""
     reached = tl.sum(hist, 0) - tl.cumsum(hist, 0) + hist  # by a digit or a larger one

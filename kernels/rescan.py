@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.kernels.checks import Variant
-from fastsae.kernels.score import SCORE_CONFIG, Score, _scores, forms
+from fastsae.kernels.score import SCORE_CONFIG, Score, forms, scores
 
 
 @triton.jit
@@ -60,9 +60,10 @@ def _rescan_kernel(
         for start in range(0, n_latents, C):
             place = start + tl.arange(0, C)
             there = place < n_latents
-            h, score = _scores(
+            h, score = scores(
                 x_ptr, W_ptr, bias_ptr, latents_ptr, scale_ptr, guide_ptr, W_dec_ptr, n,
-                place, there, D, D_out, stride_x, stride_W, stride_guide, stride_W_dec,
+                tl.where(there, place, -1),
+                D, D_out, stride_x, stride_W, stride_guide, stride_W_dec,
                 HAS_BIAS, HAS_LATENTS, HAS_SCALE, ABSOLUTE, HAS_GUIDE, C,
             )  # fmt: skip
             bad |= tl.max(tl.where(tl.abs(h) < float("inf"), 0, 1), 0)

@@ -3,9 +3,7 @@
     h[n, i] = dot(x[n], W_enc[i]) + b_enc[i]
     score[n, i] = h or |h|  ·  scale[i]  ·  (1 + |dot(guide[n], W_dec[i])|)
 
-The dot product has the one summation order of csrc/simd.h: 64 running sums, product and sum rounded
-apart, then halves added to halves. So all backends emit the same bits. A score is rounded at each
-of its factors from left to right.
+kernels/dot.py has the dot product. A score is rounded at each of its factors from left to right.
 
 Shapes   x (N, D), W_enc (F, D), b_enc (F), latents (n_latents) or None; scale (F), guide
          (N, D_out), W_dec (F, D_out); places (N, room), counts (N) as kernels/select.py gives
@@ -27,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.kernels.checks import Variant
+from fastsae.kernels.dot import dots
 
 
 class Score(NamedTuple):
@@ -57,53 +56,24 @@ class Score(NamedTuple):
 
 
 @triton.jit
-def _values(
-    x_row, W_ptr, bias_ptr, latents_ptr, place, there, D, stride_W,
-    HAS_BIAS: tl.constexpr, HAS_LATENTS: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """h of one token and the latents at C places; 0 where not there."""
-    latent = place
-    if HAS_LATENTS:
-        latent = tl.load(latents_ptr + place, mask=there, other=0)
-    W_rows = W_ptr + latent.to(tl.int64) * stride_W
-    lane = tl.arange(0, 64)
-    sums = tl.zeros([C, 64], tl.float32)
-    for d0 in range(0, D, 64):
-        d = d0 + lane
-        x = tl.load(x_row + d, mask=d < D, other=0.0).to(tl.float32)
-        mask = there[:, None] & (d < D)[None, :]
-        W = tl.load(W_rows[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        sums += x[None, :] * W  # enable_fp_fusion=False keeps the two roundings apart
-    for level in tl.static_range(6):
-        sums = tl.sum(tl.reshape(sums, [C, 2, 32 >> level]), axis=1)
-    h = tl.reshape(sums, [C])
-    if HAS_BIAS:
-        h += tl.load(bias_ptr + latent, mask=there, other=0.0).to(tl.float32)
-    return h
-
-
-@triton.jit
-def _scores(
-    x_ptr, W_ptr, bias_ptr, latents_ptr, scale_ptr, guide_ptr, W_dec_ptr, n, place, there,
+def scores(
+    x_ptr, W_ptr, bias_ptr, latents_ptr, scale_ptr, guide_ptr, W_dec_ptr, n, place,
     D, D_out, stride_x, stride_W, stride_guide, stride_W_dec,
     HAS_BIAS: tl.constexpr, HAS_LATENTS: tl.constexpr, HAS_SCALE: tl.constexpr,
     ABSOLUTE: tl.constexpr, HAS_GUIDE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """h and score of token n and the latents at C places; of no meaning where not there."""
-    h = _values(
-        x_ptr + n * stride_x, W_ptr, bias_ptr, latents_ptr, place, there, D, stride_W,
-        HAS_BIAS, HAS_LATENTS, C,
-    )  # fmt: skip
+    """h and score of token n and the latents at C places; of no meaning for place -1."""
+    token = tl.zeros([1], tl.int64) + n
+    latent = place
+    if HAS_LATENTS:
+        latent = tl.load(latents_ptr + place, mask=place >= 0, other=-1)
+    h = dots(x_ptr, W_ptr, bias_ptr, token, latent, D, stride_x, stride_W, HAS_BIAS, C)
     score = tl.abs(h) if ABSOLUTE else h
     if HAS_SCALE:
-        latent = place
-        if HAS_LATENTS:
-            latent = tl.load(latents_ptr + place, mask=there, other=0)
-        score *= tl.load(scale_ptr + latent, mask=there, other=0.0)
+        score *= tl.load(scale_ptr + latent, mask=latent >= 0, other=0.0)
     if HAS_GUIDE:
-        along = tl.abs(_values(
-            guide_ptr + n * stride_guide, W_dec_ptr, None, latents_ptr, place, there, D_out,
-            stride_W_dec, False, HAS_LATENTS, C,
+        along = tl.abs(dots(
+            guide_ptr, W_dec_ptr, None, token, latent, D_out, stride_guide, stride_W_dec, False, C
         ))  # fmt: skip
         score *= 1 + along
         h = tl.where(along < float("inf"), h, float("nan"))
@@ -142,9 +112,9 @@ def _score_kernel(
     for start in range(0, count, C):
         at = start + tl.arange(0, C)
         place = tl.load(places_ptr + n * ROOM + at, mask=at < count, other=-1)
-        h, score = _scores(
-            x_ptr, W_ptr, bias_ptr, latents_ptr, scale_ptr, guide_ptr, W_dec_ptr, n,
-            place, place >= 0, D, D_out, stride_x, stride_W, stride_guide, stride_W_dec,
+        h, score = scores(
+            x_ptr, W_ptr, bias_ptr, latents_ptr, scale_ptr, guide_ptr, W_dec_ptr, n, place,
+            D, D_out, stride_x, stride_W, stride_guide, stride_W_dec,
             HAS_BIAS, HAS_LATENTS, HAS_SCALE, ABSOLUTE, HAS_GUIDE, C,
         )  # fmt: skip
         tl.store(values_ptr + n * ROOM + at, tl.where(place >= 0, h, 0.0), mask=at < count)

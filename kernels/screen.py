@@ -3,16 +3,13 @@
     t = x W_encᵀ        u = t + b + m ≥ h        or, SCORED, u ≥ score
 
 Shapes   x (N, D), W_enc (F, D), b_enc (F), latents (n_latents) as kernels/encode.py has them, and
-         scale (F), guide (N, D_out), W_dec (F, D_out); margin (N) and norm (n_latents), m their
-         product; keys (N, 3 or 4, n_tiles · BN/G) int32.
-Keys     The latents of a tile fall into buckets of G. Of each bucket and token the three largest u
-         are written, 12/G bytes for each pre-activation. Their lowest log2(G) bits, by as much as
-         which u is first raised, give way to the place in the bucket.
-Latents  Tile j of T holds the latents j, j + T, j + 2T, …, so that neighbours, which fire alike
-         where a dictionary is sorted, are spread over all buckets.
+         scale (F), guide (N, D_out), W_dec (F, D_out); x_bound (N) and W_bound (n_latents) as
+         kernels/operands.py makes m of them; keys (N, 3 or 4, n_buckets) int32, as
+         kernels/buckets.py has them: 12 bytes for the G pairs of a bucket, with scores 16.
 Scores   The score rises with h or |h| and with |<guide, W_dec>|, also as rounded. So its bounds are
          the score of theirs: the products' sums and differences with their margins. The largest
-         lower bound of a bucket is its fourth key. A pair that is not finite has u = inf.
+         lower bound of a bucket is its fourth key. A pair that is not finite has u = inf, and no
+         lower bound.
 Order    No atomics; a bound is never a result.
 """
 
@@ -22,36 +19,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastsae.kernels.buckets import Buckets, log2_bucket, store_keys
 from fastsae.kernels.checks import Variant
-from fastsae.kernels.score import FORMS, PLAIN
-
-
-@triton.jit
-def halves(m, BM: tl.constexpr, HALF: tl.constexpr, BUCKETS: tl.constexpr):
-    """The first and the second half of each bucket of m (BM, 2·HALF, BUCKETS)."""
-    return tl.split(tl.permute(tl.reshape(m, [BM, 2, HALF, BUCKETS]), [0, 2, 3, 1]))
-
-
-@triton.jit
-def products(
-    a_ptr, n, in_n, stride_a, b_ptr, latent, there, stride_b, D,
-    MULTIPLY: tl.constexpr, UPCAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """(BM, BN): rows n of a times rows `latent` of b, 0 for rows that are not there."""
-    d = tl.arange(0, BK)
-    a_ptrs = a_ptr + n.to(tl.int64)[:, None] * stride_a + d[None, :]
-    b_ptrs = b_ptr + latent.to(tl.int64)[:, None] * stride_b + d[None, :]
-    acc = tl.zeros([BM, BN], tl.float32)
-    for d0 in range(0, D, BK):
-        in_row = d[None, :] < D - d0
-        a = tl.load(a_ptrs + d0, mask=in_row & in_n[:, None], other=0.0)
-        b = tl.load(b_ptrs + d0, mask=in_row & there[:, None], other=0.0)
-        if MULTIPLY != "bf16" or UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision="tf32" if MULTIPLY == "tf32" else "ieee")
-    return acc
+from fastsae.kernels.operands import aligned
+from fastsae.kernels.score import FORMS, PLAIN, Score
+from fastsae.kernels.tile import is_long, products, tile_at, tile_config
 
 
 @triton.jit
@@ -60,45 +34,40 @@ def _screen_kernel(
     W_ptr,  # (F, D) likewise
     bias_ptr,  # (F) any float, or None
     latents_ptr,  # (n_latents) int32, or None for all
-    margin_ptr,  # (N) fp32
-    norm_ptr,  # (n_latents) fp32
-    keys_ptr,  # (out) (N, 3, n_tiles · BN/G) int32; (N, 4, …) where SCORED
+    x_bound_ptr,  # (N) fp32
+    W_bound_ptr,  # (n_latents) fp32
+    keys_ptr,  # (out) (N, 3, n_buckets) int32; (N, 4, n_buckets) where SCORED
     N,
     D,
     n_latents,
     n_tiles,
     stride_x,
     stride_W,
+    guide_bound_ptr,  # (N) fp32, or None
+    W_dec_bound_ptr,  # (n_latents) fp32, or None
+    scale_ptr,  # (F) fp32, or None
+    guide_ptr,  # (N, D_out) what the screen multiplies, or None
+    W_dec_ptr,  # (F, D_out) likewise
+    D_out,
+    stride_guide,
+    stride_W_dec,
     HAS_BIAS: tl.constexpr,
     HAS_LATENTS: tl.constexpr,
-    MULTIPLY: tl.constexpr,  # what of: "bf16", "tf32" or "ieee"
-    UPCAST: tl.constexpr,  # the interpreter multiplies the bits of bf16 numbers
+    HAS_SCALE: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    HAS_GUIDE: tl.constexpr,
+    MULTIPLY: tl.constexpr,
+    UPCAST: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     LOG2_G: tl.constexpr,
-    GROUP: tl.constexpr,  # token tiles that share the latent tiles in L2
-    HAS_SCALE: tl.constexpr = False,
-    ABSOLUTE: tl.constexpr = False,
-    HAS_GUIDE: tl.constexpr = False,
-    scale_ptr=None,  # (F) fp32
-    guide_ptr=None,  # (N, D_out) what the screen multiplies
-    W_dec_ptr=None,  # (F, D_out) likewise
-    guide_margin_ptr=None,  # (N) fp32
-    guide_norm_ptr=None,  # (n_latents) fp32
-    D_out=None,
-    stride_guide=None,
-    stride_W_dec=None,
+    GROUP: tl.constexpr,
 ):
     G: tl.constexpr = 1 << LOG2_G
     BUCKETS: tl.constexpr = BN // G
     SCORED: tl.constexpr = HAS_SCALE or ABSOLUTE or HAS_GUIDE
-    pid = tl.program_id(0)
-    first = pid // (GROUP * n_tiles) * GROUP
-    group = min(tl.cdiv(N, BM) - first, GROUP)
-    tile_n = first + pid % (GROUP * n_tiles) % group
-    tile = pid % (GROUP * n_tiles) // group
-
+    tile_n, tile = tile_at(tl.program_id(0), N, n_tiles, BM, GROUP)
     n = tile_n * BM + tl.arange(0, BM)
     place = tile + n_tiles * tl.arange(0, BN)
     there = place < n_latents
@@ -114,8 +83,8 @@ def _screen_kernel(
             MULTIPLY, UPCAST, BM, BN, BK,
         )  # fmt: skip
 
-    norm = tl.load(norm_ptr + place, mask=there, other=0.0)
-    margin = tl.load(margin_ptr + n, mask=n < N, other=0.0)
+    b_bound = tl.load(W_bound_ptr + place, mask=there, other=0.0)[None, :]
+    a_bound = tl.load(x_bound_ptr + n, mask=n < N, other=0.0)[:, None]
     if SCORED:
         slack = tl.zeros([BN], tl.float32)
         if HAS_BIAS:
@@ -124,57 +93,63 @@ def _screen_kernel(
             acc += b[None, :]
         if ABSOLUTE:
             acc = tl.abs(acc)
-        low = tl.maximum(tl.fma(-margin[:, None], norm[None, :], acc - slack[None, :]), 0.0)
-        u = tl.fma(margin[:, None], norm[None, :], acc + slack[None, :])
+        low = tl.maximum(tl.fma(-a_bound, b_bound, acc - slack[None, :]), 0.0)
+        u = tl.fma(a_bound, b_bound, acc + slack[None, :])
         if HAS_SCALE:
             scale = tl.load(scale_ptr + latent, mask=there, other=0.0)
             low, u = low * scale[None, :], u * scale[None, :]
         if HAS_GUIDE:
-            norm = tl.load(guide_norm_ptr + place, mask=there, other=0.0)
-            margin = tl.load(guide_margin_ptr + n, mask=n < N, other=0.0)
+            b_bound = tl.load(W_dec_bound_ptr + place, mask=there, other=0.0)[None, :]
+            a_bound = tl.load(guide_bound_ptr + n, mask=n < N, other=0.0)[:, None]
             guided = tl.abs(guided)
-            least = tl.maximum(tl.fma(-margin[:, None], norm[None, :], guided), 0.0)
-            low, u = low * (1 + least), u * (1 + tl.fma(margin[:, None], norm[None, :], guided))
+            least = tl.maximum(tl.fma(-a_bound, b_bound, guided), 0.0)
+            low, u = low * (1 + least), u * (1 + tl.fma(a_bound, b_bound, guided))
         reached = tl.max(tl.reshape(low, [BM, G, BUCKETS]), 1)
-        reached = tl.where(reached > 0, reached, 0.0)
-        u = tl.where(tl.abs(u) < float("inf"), u, float("inf"))  # kept
+        reached = tl.where((reached > 0) & (reached < float("inf")), reached, 0.0)
     else:
-        u = acc + margin[:, None] * norm[None, :]
+        u = acc + a_bound * b_bound
         if HAS_BIAS:
             b = tl.load(bias_ptr + latent, mask=there, other=0.0).to(tl.float32)
             u += (b + tl.abs(b) * 2.0**-21)[None, :]
-        u = tl.where(tl.abs(u) < float("inf"), u * (1 + G * 2.0**-22), float("inf"))  # kept
-    u = tl.where((u > 0) & there[None, :], u, 0.0)
-    bits = u.to(tl.int32, bitcast=True) + (G - 1 if SCORED else 0)  # rounds up, denormals too
-    slot = (G - 1 - tl.arange(0, BN) // BUCKETS).to(tl.int32)  # of equals the lower latent first
-    m1 = (bits & -G) | tl.where(u > 0, slot[None, :], 0)
-
-    # The three largest of each bucket, by merging sorted triples.
-    m1 = tl.reshape(m1, [BM, G, BUCKETS])
-    a, b = halves(m1, BM, G // 2, BUCKETS)
-    m1, m2, m3 = tl.maximum(a, b), tl.minimum(a, b), tl.zeros_like(a)
-    for level in tl.static_range(2, LOG2_G + 1):
-        a1, b1 = halves(m1, BM, G >> level, BUCKETS)
-        a2, b2 = halves(m2, BM, G >> level, BUCKETS)
-        a3, b3 = halves(m3, BM, G >> level, BUCKETS)
-        low, high = tl.minimum(a1, b1), tl.maximum(a2, b2)
-        m1, m2 = tl.maximum(a1, b1), tl.maximum(low, high)
-        rest = tl.maximum(tl.maximum(a3, b3), tl.minimum(a2, b2))
-        m3 = tl.maximum(tl.minimum(low, high), rest)
-
-    n_buckets = n_tiles * BUCKETS
-    bucket = tile * BUCKETS + tl.arange(0, BUCKETS)
-    at = keys_ptr + n.to(tl.int64)[:, None] * (4 if SCORED else 3) * n_buckets + bucket[None, :]
-    mask = (n < N)[:, None] & (bucket >= 0)[None, :]
-    tl.store(at, tl.reshape(m1, [BM, BUCKETS]), mask=mask)
-    tl.store(at + n_buckets, tl.reshape(m2, [BM, BUCKETS]), mask=mask)
-    tl.store(at + 2 * n_buckets, tl.reshape(m3, [BM, BUCKETS]), mask=mask)
+    u = tl.where(tl.abs(u) < float("inf"), u, float("inf"))  # kept
+    at, mask = store_keys(
+        keys_ptr, u, there, n, n < N, tile, n_tiles, 4 if SCORED else 3, BM, BN, LOG2_G
+    )
     if SCORED:
-        tl.store(at + 3 * n_buckets, reached.to(tl.int32, bitcast=True), mask=mask)
+        tl.store(at + 3 * n_tiles * BUCKETS, reached.to(tl.int32, bitcast=True), mask=mask)
 
 
-WIDE_FROM = 1024  # elements of a row
-MAX_BUCKETS = 8192  # of a token, beyond which buckets grow
+def screen(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    latents: Tensor | None,
+    bounds: tuple[Tensor, Tensor],
+    k: int,
+    multiply: str,
+    score: Score,
+    guide_bounds: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Buckets]:
+    """keys, and how they lie. x and the guide as the screen multiplies them, with their bounds."""
+    n_latents, d = len(W_enc) if latents is None else len(latents), x.shape[1]
+    strides = x.stride(0), W_enc.stride(0)
+    guided = score.arguments
+    even = aligned(d, *strides, *(size for size in guided[3:] if isinstance(size, int)))
+    has = b_enc is not None, latents is not None
+    config = screen_config(n_latents, k, multiply, *has, d, even, score.constexprs)
+    of = Buckets(n_latents, config["BN"], config["LOG2_G"])
+    planes = 4 if score.changes else 3
+    keys = torch.empty(len(x), planes, of.n_buckets, dtype=torch.int32, device=x.device)
+    _screen_kernel[(triton.cdiv(len(x), config["BM"]) * of.n_tiles,)](
+        *(x, W_enc, b_enc, latents, *bounds, keys, len(x), d, n_latents, of.n_tiles, *strides),
+        *(guide_bounds or (None, None)),
+        *guided,
+        **config,
+    )
+    return keys, of
+
+
+MAX_BUCKETS = 8192  # of a token, beyond which buckets grow to more than 32
 
 
 def screen_config(
@@ -187,37 +162,20 @@ def screen_config(
     aligned: bool,
     score: dict[str, bool] | None = None,
 ) -> dict[str, Any]:
-    """Buckets so large that a token has 2k of them or more, and MAX_BUCKETS at most.
-
-    Two small tiles share an SM, so that the end of one hides behind the other's products. Where
-    rows are long there is little to hide, and a wide tile, for which an MI300 has too little shared
-    memory, reads a third less from L2. score: `Score.constexprs`.
-    """
+    """score: `Score.constexprs`."""
     score = score or PLAIN.constexprs
-    log2_g = 2
-    while log2_g < 5 and f >> (log2_g + 1) >= 2 * k:
-        log2_g += 1
-    while log2_g < 7 and f >> log2_g > MAX_BUCKETS:
-        log2_g += 1
-    # Gathered or unaligned rows need registers for addresses, sums of products of fp32 for factors,
-    # scores for lower bounds and perhaps a second product.
-    plain = aligned and not has_latents and multiply != "ieee"
-    wide = plain and d >= WIDE_FROM and log2_g >= 5 and torch.version.hip is None
-    scored = any(score.values())
-    large = wide and not score["HAS_GUIDE"] if scored else plain
+    log2_g = log2_bucket(f, k, MAX_BUCKETS)
+    # Gathered rows need registers for addresses, scores for lower bounds and perhaps a second
+    # product.
+    large, wide = not has_latents, not has_latents and log2_g >= 5
+    if any(score.values()):
+        large, wide = wide and is_long(d) and not score["HAS_GUIDE"], False
     return {
         "HAS_BIAS": has_bias,
         "HAS_LATENTS": has_latents,
-        "MULTIPLY": multiply,
-        "UPCAST": triton.knobs.runtime.interpret,
-        "BM": 128 if large else 64,
-        "BN": 256 if wide and not scored else 128,
-        "BK": (64 if multiply == "bf16" else 32) >> (not aligned),
         "LOG2_G": log2_g,
-        "GROUP": 8,
         **score,
-        "num_warps": 8,
-        "num_stages": 3,
+        **tile_config(multiply, d, aligned, large, wide),
     }
 
 
@@ -240,11 +198,14 @@ def variants() -> dict[str, Variant]:
         b, ids = "*fp32:16" if bias else "None", "*i32:16" if latents else "None"
         inputs = f"*{x}:16, *{w}:16, {b}, {ids}, *fp32:16, *fp32:16, *i32:16" + f", {i32}" * 6
         scale = "*fp32:16" if score["HAS_SCALE"] else "None"
-        guide = f"*{x}:16, *{w}:16, *fp32:16, *fp32:16" + f", {i32}" * 3
-        guide = guide if score["HAS_GUIDE"] else ", ".join(["None"] * 7)
+        guided = "*fp32:16, *fp32:16", f"*{x}:16, *{w}:16" + f", {i32}" * 3
+        if not score["HAS_GUIDE"]:
+            guided = "None, None", "None" + ", None" * 4
         name = w.removeprefix("fp32") or multiply
         name += f"-{1 << config['LOG2_G']}" + "-bias" * bias + "-latents" * latents + form
         found[name + kind] = Variant(
-            _screen_kernel, f"{inputs}, {scale}, {guide}", config | {"UPCAST": False}
+            _screen_kernel,
+            f"{inputs}, {guided[0]}, {scale}, {guided[1]}",
+            config | {"UPCAST": False},
         )
     return found

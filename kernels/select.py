@@ -11,10 +11,10 @@ Repair     A bucket whose third u is below τ has kept all of those. Any other i
            at most are flagged where bounds are tight, and about k³/6·buckets² of them on random
            data: 0.003 a token at F = 131072, k = 64.
 
-Shapes   keys (N, 3, buckets) int32: the bits of u, with the place in the bucket in the lowest
-         log2(G); where SCORED (N, 4, buckets), the last the bits of lower bounds. margin (N), norm
-         (n_latents) and b_enc (F), of which m is made; places (N, room) int32: positions among the
-         latents; counts (N) int32.
+Shapes   keys (N, 3, n_buckets) int32 (kernels/buckets.py), where SCORED (N, 4, n_buckets), the last
+         the bits of lower bounds; x_bound (N), W_bound (n_latents) and b_enc (F), of which
+         kernels/operands.py makes m; places (N, room) int32: positions among the latents; counts
+         (N) int32.
 Order    One program a token, no atomics, nothing of a token depends on another.
 Bytes    A token's keys: its first ones 22 times (they stay in L1), the others once.
 """
@@ -26,28 +26,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae.kernels.buckets import (
+    KINDS,
+    Buckets,
+    certain,
+    column_of,
+    listed,
+    listed_column,
+    most_listed,
+)
 from fastsae.kernels.checks import Variant
-
-
-@triton.jit
-def _place(bucket, slot, n_tiles, BUCKETS: tl.constexpr):
-    """Which latent: the tile of kernels/encode.py that the bucket is in, and its column there."""
-    return bucket // BUCKETS + n_tiles * (slot * BUCKETS + bucket % BUCKETS)
-
-
-@triton.jit
-def _unpack(keys, bucket, n_tiles, BUCKETS: tl.constexpr, G: tl.constexpr):
-    """Upper bounds (rounded down by less than G·2⁻²³ of them) and places of packed keys."""
-    slot = G - 1 - (keys & (G - 1))
-    upper = (keys & -G).to(tl.float32, bitcast=True)
-    return upper, _place(bucket, slot, n_tiles, BUCKETS)
 
 
 @triton.jit
 def _select_kernel(
     keys_ptr,  # (N, 3, n_buckets) int32; (N, 4, n_buckets) where SCORED
-    margin_ptr,  # (N) fp32
-    norm_ptr,  # (n_latents) fp32
+    x_bound_ptr,  # (N) fp32
+    W_bound_ptr,  # (n_latents) fp32
     bias_ptr,  # (F) any float, or None
     latents_ptr,  # (n_latents) int32, or None
     places_ptr,  # (out) (N, ROOM) int32, -1 for a place that no latent has
@@ -59,10 +54,10 @@ def _select_kernel(
     ROOM,
     HAS_BIAS: tl.constexpr,
     HAS_LATENTS: tl.constexpr,
+    SCORED: tl.constexpr,
     BUCKETS: tl.constexpr,  # of a tile
-    G: tl.constexpr,
+    LOG2_G: tl.constexpr,
     BLOCK: tl.constexpr,
-    SCORED: tl.constexpr = False,
 ):
     n = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -79,76 +74,66 @@ def _select_kernel(
             keys = tl.load(ranked_ptr + start + lane, mask=start + lane < n_buckets, other=0)
             reached += (keys >= candidate).to(tl.int32)
         t = tl.where(tl.sum(reached, 0) >= K, candidate, t)
-    margin = tl.load(margin_ptr + n)
-    tau = tl.full([BLOCK], float("inf"), tl.float32)
+    x_bound = tl.load(x_bound_ptr + n)
+    # What all of these score for certain.
+    tau = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
     for start in range(0, n_buckets, BLOCK):
-        keys = tl.load(ranked_ptr + start + lane, mask=start + lane < n_buckets, other=0)
+        bucket = start + lane
+        keys = tl.load(ranked_ptr + bucket, mask=bucket < n_buckets, other=0)
         taken = (keys >= t) & (keys > 0)
-        if SCORED:
-            lower = keys.to(tl.float32, bitcast=True)
-        else:
-            upper, place = _unpack(keys, start + lane, n_tiles, BUCKETS, G)
-            m = margin * tl.load(norm_ptr + place, mask=taken, other=0.0)
+        lower = keys
+        if not SCORED:
+            place = column_of(keys, bucket, n_tiles, BUCKETS, LOG2_G)
+            m = x_bound * tl.load(W_bound_ptr + place, mask=taken, other=0.0)
             if HAS_BIAS:
                 latent = place
                 if HAS_LATENTS:
                     latent = tl.load(latents_ptr + place, mask=taken, other=0)
                 b = tl.load(bias_ptr + latent, mask=taken, other=0.0).to(tl.float32)
                 m += tl.abs(b) * 2.0**-21
-            lower = upper * (1 - G * 2.0**-21) - 2 * m * (1 + 2.0**-10)
-            lower = tl.where(lower == lower, lower, float("-inf"))
-        tau = tl.minimum(tau, tl.where(taken, lower, float("inf")))
+            lower = certain(keys, m, LOG2_G)
+        tau = tl.minimum(tau, tl.where(taken, lower, 0x7FFFFFFF))
     # Without K first ones nothing is certain, and every positive pair is a candidate.
-    threshold = tl.min(tau, 0)
-    bits = tl.where((t > 0) & (threshold > 0), threshold.to(tl.int32, bitcast=True), 1)
+    bits = tl.where(t > 0, tl.maximum(tl.min(tau, 0), 1), 1)
 
     count = 0
     places_ptr += n * ROOM
     for start in range(0, n_buckets, BLOCK):
         bucket = start + lane
-        mask = bucket < n_buckets
-        first = tl.load(keys_ptr + bucket, mask=mask, other=0)
-        second = tl.load(keys_ptr + n_buckets + bucket, mask=mask, other=0)
-        third = tl.load(keys_ptr + 2 * n_buckets + bucket, mask=mask, other=0)
-        flagged = third >= bits
-        kept = (first >= bits).to(tl.int32) + (second >= bits).to(tl.int32)
-        entries = tl.where(flagged, G, kept)
+        first, second, flagged, entries = listed(keys_ptr, bucket, n_buckets, bits, LOG2_G)
         at = count + tl.cumsum(entries, 0) - entries
-        _, place1 = _unpack(first, bucket, n_tiles, BUCKETS, G)
-        _, place2 = _unpack(second, bucket, n_tiles, BUCKETS, G)
-        tl.store(places_ptr + at, place1, mask=(kept > 0) & (flagged == 0) & (at < ROOM))
-        tl.store(places_ptr + at + 1, place2, mask=(kept > 1) & (flagged == 0) & (at + 1 < ROOM))
-        if tl.max(flagged.to(tl.int32), 0) > 0:
-            for slot in range(G):
-                place = _place(bucket, slot, n_tiles, BUCKETS)
-                place = tl.where(place < n_latents, place, -1)
-                tl.store(places_ptr + at + slot, place, mask=flagged & (at + slot < ROOM))
+        for which in range(most_listed(flagged, LOG2_G)):
+            place = listed_column(
+                first, second, flagged, which, bucket, n_latents, n_tiles, BUCKETS, LOG2_G
+            )
+            stored = (which < entries) & (at + which < ROOM)
+            tl.store(places_ptr + at + which, place, mask=stored)
         count += tl.sum(entries, 0)
-    tl.store(counts_ptr + n, tl.where(margin == margin, count, -1))
+    tl.store(counts_ptr + n, tl.where(x_bound == x_bound, count, -1))
 
 
 def candidates(
     keys: Tensor,
-    margin: Tensor,
-    norm: Tensor,
+    x_bound: Tensor,
+    W_bound: Tensor,
     b_enc: Tensor | None,
     latents: Tensor | None,
     k: int,
-    n_tiles: int,
-    config: dict[str, Any],
+    of: Buckets,
 ) -> tuple[Tensor, Tensor]:
     """places and counts: as many candidates of a token as counts says, where there is room.
 
-    counts is -1 where the token is not finite. config is the one that the screen ran with.
+    counts is -1 where the token is not finite.
     """
-    n, n_keys, n_buckets = keys.shape
+    n, planes, n_buckets = keys.shape
     places = torch.empty(n, room_for(k), dtype=torch.int32, device=keys.device)
     counts = torch.empty(n, dtype=torch.int32, device=keys.device)
-    has = b_enc is not None, latents is not None
+    has = b_enc is not None, latents is not None, planes == 4
     _select_kernel[(n,)](
-        *(keys, margin, norm, b_enc, latents, places, counts),
-        *(len(norm), n_buckets, n_tiles, k, places.shape[1]),
-        **select_config(n_buckets, *has, config["BN"], config["LOG2_G"], n_keys == 4),
+        *(keys, x_bound, W_bound, b_enc, latents, places, counts),
+        *(len(W_bound), n_buckets, of.n_tiles, k, places.shape[1]),
+        **select_config(n_buckets, *has),
+        **of.constexprs,
     )
     return places, counts
 
@@ -159,16 +144,14 @@ def room_for(k: int) -> int:
 
 
 def select_config(
-    n_buckets: int, has_bias: bool, has_latents: bool, bn: int, log2_g: int, scored: bool = False
+    n_buckets: int, has_bias: bool, has_latents: bool, scored: bool
 ) -> dict[str, Any]:
     block = min(2048, triton.next_power_of_2(n_buckets))
     return {
         "HAS_BIAS": has_bias,
         "HAS_LATENTS": has_latents,
-        "BUCKETS": bn >> log2_g,
-        "G": 1 << log2_g,
-        "BLOCK": block,
         "SCORED": scored,
+        "BLOCK": block,
         "num_warps": max(2, min(8, block // 256)),
     }
 
@@ -176,20 +159,21 @@ def select_config(
 def variants() -> dict[str, Variant]:
     """What the launcher ships, by name: numbers of buckets and their sizes."""
     found = {}
-    for buckets, log2_g in ((768, 5), (4096, 5), (8192, 7), (192, 2)):
-        for bias, latents, scored in (
+    for n_buckets, size in ((768, 32), (4096, 32), (8192, 128), (192, 4)):
+        for has in (
             (False, False, False),
             (True, False, False),
             (True, True, False),
             (True, True, True),
         ):
+            bias, latents, scored = has
             b = "*fp32:16" if bias else "None"
             ids = "*i32:16" if latents else "None"
-            name = f"select-{buckets}-{1 << log2_g}" + "-bias" * bias + "-latents" * latents
+            name = f"select-{n_buckets}-{size}" + "-bias" * bias + "-latents" * latents
             found[name + "-scored" * scored] = Variant(
                 _select_kernel,
                 f"*i32:16, *fp32:16, *fp32:16, {b}, {ids}, *i32:16, *i32:16"
                 ", i32:16, i32:16, i32:16, i32:16, i32:16",
-                select_config(buckets, bias, latents, 128, log2_g, scored),
+                select_config(n_buckets, *has) | KINDS[size].constexprs,
             )
     return found

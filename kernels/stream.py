@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fastsae.kernels.candidates import Pairs, pointers
 from fastsae.kernels.checks import Variant
-from fastsae.kernels.radix import LEVELS, Search, histogram
-from fastsae.kernels.tile import Operands, dots
+from fastsae.kernels.dot import dots
+from fastsae.kernels.operands import Operands
+from fastsae.kernels.radix import LEVELS, Search, add, histogram
 
 
 @triton.jit
@@ -35,12 +36,11 @@ def scores(
     """The bits of the scores of a row's columns from `start`; 0 of what is not positive."""
     col = start + tl.arange(0, C)
     there = col < n_cols
-    token, latent = tl.zeros_like(col) + row, col
+    col = tl.where(there, col, -1)
+    token, latent = tl.zeros([1], tl.int64) + row, col
     if BY_LATENT:
-        token, latent = col, tl.zeros_like(col) + row
-    h = dots(x_ptr, W_ptr, token, latent, there, D, stride_x, stride_W, C)
-    if HAS_BIAS:
-        h += tl.load(bias_ptr + latent, mask=there, other=0.0).to(tl.float32)
+        token, latent = col, tl.zeros([1], tl.int64) + row
+    h = dots(x_ptr, W_ptr, bias_ptr, token, latent, D, stride_x, stride_W, HAS_BIAS, C)
     if tl.max((there & ((tl.abs(h) < float("inf")) == 0)).to(tl.int32), 0) > 0:
         tl.store(bad_ptr, 1)
     if ABSOLUTE:
@@ -48,6 +48,23 @@ def scores(
     if HAS_SCALE:
         h *= tl.load(scale_ptr + latent, mask=there, other=0.0)
     return tl.where(there & (h > 0), h, 0.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def score_histogram(
+    x_ptr, W_ptr, bias_ptr, scale_ptr, bad_ptr, row, prefix, n_cols, D, stride_x, stride_W,
+    ABOVE: tl.constexpr, SHIFT: tl.constexpr, BY_LATENT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, ABSOLUTE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """As kernels/radix.py has it, of the scores of a row."""
+    hist = tl.zeros([2048], tl.int32)
+    for start in range(0, n_cols, C):
+        bits = scores(
+            x_ptr, W_ptr, bias_ptr, scale_ptr, bad_ptr, row, start, n_cols, D, stride_x, stride_W,
+            BY_LATENT, HAS_BIAS, HAS_SCALE, ABSOLUTE, C,
+        )  # fmt: skip
+        hist += histogram(bits, prefix, ABOVE, SHIFT)
+    return hist
 
 
 @triton.jit
@@ -76,15 +93,11 @@ def _histogram_kernel(
     if tl.load(ptr_ptr + N) > ROOM:
         n = tl.program_id(0).to(tl.int64)
         prefix = tl.load(state_ptr).to(tl.int32)
-        hist = tl.zeros([2048], tl.int32)
-        for start in range(0, F, C):
-            bits = scores(
-                x_ptr, W_ptr, bias_ptr, scale_ptr, bad_ptr, n, start, F, D, stride_x, stride_W,
-                False, HAS_BIAS, HAS_SCALE, ABSOLUTE, C,
-            )  # fmt: skip
-            hist += histogram(bits, prefix, ABOVE, SHIFT)
-        bins = hist_ptr + tl.arange(0, 2048)
-        tl.atomic_add(bins, hist.to(tl.int64), mask=hist > 0, sem="relaxed")
+        hist = score_histogram(
+            x_ptr, W_ptr, bias_ptr, scale_ptr, bad_ptr, n, prefix, F, D, stride_x, stride_W,
+            ABOVE, SHIFT, False, HAS_BIAS, HAS_SCALE, ABSOLUTE, C,
+        )  # fmt: skip
+        add(hist_ptr, hist)
 
 
 @triton.jit

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastsae.kernels.candidates import Pairs
 from fastsae.kernels.checks import Variant
-from fastsae.kernels.radix import cut, histogram
-from fastsae.kernels.stream import CONFIG, scores, store
-from fastsae.kernels.tile import Operands
+from fastsae.kernels.operands import Operands
+from fastsae.kernels.radix import cut
+from fastsae.kernels.stream import CONFIG, score_histogram, scores, store
 
 
 @triton.jit
@@ -27,13 +27,10 @@ def _digit(
     ABOVE: tl.constexpr, SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """As kernels/radix.py has it, of the values of one latent."""
-    hist = tl.zeros([2048], tl.int32)
-    for start in range(0, N, C):
-        bits = scores(
-            x_ptr, W_ptr, bias_ptr, None, bad_ptr, i, start, N, D, stride_x, stride_W,
-            True, HAS_BIAS, False, False, C,
-        )  # fmt: skip
-        hist += histogram(bits, prefix, ABOVE, SHIFT)
+    hist = score_histogram(
+        x_ptr, W_ptr, bias_ptr, None, bad_ptr, i, prefix, N, D, stride_x, stride_W,
+        ABOVE, SHIFT, True, HAS_BIAS, False, False, C,
+    )  # fmt: skip
     return cut(hist, wanted)
 
 

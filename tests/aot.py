@@ -9,7 +9,7 @@ which is raised here.
     xhat = interpreted(decode.decode_fwd, vals, idx, W_dec)           # strides arrive as they are
     used = compiled("fastsae.kernels.decode", "fwd-bf16-512", H100)   # registers, spills, …
 
-`RUNNERS` parametrises a test over the interpreter and, where there is one, the GPU; called as
+`run_all` parametrises a test over the interpreter and, where there is one, the GPU; called as
 `run(function, *args)`. Under either, `torch.empty` gives NaN, which shows outputs left unwritten.
 
 A kernel file lists the compiled forms it ships in `variants() -> dict[name, Variant]`; a Variant is
@@ -70,10 +70,13 @@ def on_gpu(function: Callable, *args: Any, **kwargs: Any) -> Any:
     return found.cpu() if isinstance(found, Tensor) else type(found)(t.cpu() for t in found)
 
 
-RUNNERS = [
-    pytest.param(interpreted, id="interpreter"),
-    pytest.param(on_gpu, id="gpu", marks=pytest.mark.gpu),
-]
+run_all = pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(interpreted, id="interpreter"),
+        pytest.param(on_gpu, id="gpu", marks=pytest.mark.gpu),
+    ],
+)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from aot import RUNNERS, TARGETS, compiled
+from aot import TARGETS, compiled, run_all
 from torch import Tensor
 
 from fastsae import reference
@@ -15,7 +15,6 @@ from fastsae.kernels import adam, gradients
 from fastsae.ops import RowGradient
 
 NAN, INF = float("nan"), float("inf")
-run_all = pytest.mark.parametrize("run", RUNNERS)
 
 HYPER = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "lazy": False}
 

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from aot import RUNNERS, TARGETS, compiled, interpreted
+from aot import TARGETS, compiled, interpreted, run_all
 from torch import Tensor
 
 from fastsae.kernels import decode
@@ -14,7 +14,6 @@ from fastsae.reference import padded
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN = float("nan")
 
-run_all = pytest.mark.parametrize("run", RUNNERS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 
 

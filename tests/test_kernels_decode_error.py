@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from aot import RUNNERS, TARGETS, compiled
+from aot import TARGETS, compiled, run_all
 from test_kernels_decode import NAN, Case, Ragged, assert_within, dtypes
 from torch import Tensor
 
@@ -12,7 +12,6 @@ from fastsae import reference
 from fastsae.kernels import decode, sums
 from fastsae.kernels import decode_error as kernels
 
-run_all = pytest.mark.parametrize("run", RUNNERS)
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from aot import RUNNERS, TARGETS, compiled
+from aot import run_all
 from common import (
     INF,
     NAN,
@@ -17,6 +17,7 @@ from common import (
     randn,
 )
 from encoders import CASES, Case, case_and_bits, ulps
+from kernels_common import check_compiled, few, shipped
 from torch import Tensor
 
 from fastsae import reference
@@ -33,7 +34,6 @@ MODULES = {
 # What deceives the C++ kernels' screens: thousands of latents each, which the interpreter streams.
 FOR_THE_CPU = ("bf16-rounds", "screen-rounds", "coarse")
 
-run_all = pytest.mark.parametrize("run", RUNNERS)
 # bf16 has a screen of its own; the rest does not mind the dtype.
 BF16 = ["random", "d1", "d127", "outliers", "huge", "tiny-x", "tokens-of-all-sizes", "near-ties"]
 INPUTS = [(name, torch.float32) for name in CASES if not name.startswith(FOR_THE_CPU)]
@@ -169,6 +169,28 @@ def test_value_that_overflows_below(run):
     assert vals[1].isfinite().all()
 
 
+@run_all
+def test_product_that_overflows_in_the_screen(run):
+    """In sequence a sum passes 3.4e38; its value is 1e38, less than the best: it bounds nothing."""
+    x, W = torch.zeros(2, 64), torch.zeros(128, 64)
+    x[:, 0] = x[:, 1] = x[:, 32] = 1e19
+    W[100, 0] = W[100, 1] = 2e19
+    W[100, 32], W[50, 0] = -3e19, 1.7e19
+    case = Case(x, W, None, 1)
+    for absolute in (False, True):
+        assert (check_scored(run, case, absolute=absolute) == 50).all()
+
+
+@run_all
+def test_smallest_values_of_a_bucket(run):
+    """4 buckets of 32: the last latents have keys with nothing in the lowest bits."""
+    b = torch.full((128,), -1.0)
+    b[[3, 126, 127]] = torch.tensor([3e-45, 4e-45, 1e-45])
+    case = Case(torch.zeros(2, 8), randn(128, 8), b, 2)
+    for k in (1, 2):
+        check_scored(run, case._replace(k=k))
+
+
 def test_autocast_leaves_torchs_product_alone():
     x, W = randn(4, 40), randn(20, 40, seed=1)
     for b in (None, randn(20, seed=2)):
@@ -243,11 +265,10 @@ SCORED += [("random", of, torch.bfloat16) for of in ("scale-absolute", "guide")]
 SCORED += [(name, "scale-absolute-guide", torch.float32) for name in HOSTILE]
 
 
-def few(name: str, dtype: torch.dtype = torch.float32) -> Case:
-    """Of a case two tokens and two tiles of latents: the interpreter is slow."""
+def two_tiles(name: str, dtype: torch.dtype = torch.float32) -> Case:
+    """Two tokens of a case, and two tiles of latents."""
     case, _ = case_and_bits(name, dtype)
-    b = None if case.b_enc is None else case.b_enc[:140]
-    return Case(case.x[:2], case.W_enc[:140], b, min(case.k, 17))
+    return few(case, 2, 140)._replace(k=min(case.k, 17))
 
 
 @run_all
@@ -255,7 +276,7 @@ def few(name: str, dtype: torch.dtype = torch.float32) -> Case:
     ("name", "of", "dtype"), SCORED, ids=[f"{n}-{of}-{name_of(d)}" for n, of, d in SCORED]
 )
 def test_scores(run, name, of, dtype):
-    case = few(name, dtype)
+    case = two_tiles(name, dtype)
     assert streams(case)
     check_scored(run, case, **factors(2, 140, 37, of, dtype))
 
@@ -443,7 +464,7 @@ def test_scores_are_the_references(run, of):
 @pytest.mark.parametrize("name", ["random", "outliers", "near-ties"])
 def test_fp16(run, name):
     """Weights near ties, denormal in fp16, or as large as it has; tokens in fp32 and fp16."""
-    case = few(name)
+    case = two_tiles(name)
     W = case.W_enc.clamp(-6e4, 6e4).half()
     W[1::3] *= 1e-5
     case = case._replace(W_enc=W)
@@ -474,20 +495,6 @@ def test_refusals():
         encode.encode(x, W, None, 2, guide=randn(4, 5), W_dec=randn(29, 5))
 
 
-def shipped() -> list[tuple[str, str, str]]:
-    """Wide tiles are not launched on an MI300."""
-    every = [(m, v, t) for m, of in MODULES.items() for v in of.variants() for t in TARGETS]
-    return [(m, v, t) for m, v, t in every if not (t == "MI300" and v.endswith("-wide"))]
-
-
-@pytest.mark.parametrize(("module", "variant", "target"), shipped())
+@pytest.mark.parametrize(("module", "variant", "target"), shipped(MODULES))
 def test_compiled(module, variant, target):
-    used = compiled(f"fastsae.kernels.{module}", variant, TARGETS[target])
-    assert used["registers"] <= 255
-    # Bytes of a thread, where tiles fill the registers of what they were not tuned for.
-    tuned = target == "H100" or module in ("norms", "score", "best")
-    assert used["spills"] <= (0 if tuned else 240)
-    assert used["atomics"] == 0
-    assert used["shared"] <= {"A100": 163, "MI300": 64}.get(target, 227) << 10
-    if target == "H100" and variant in ("bf16-32", "bf16-32-bias"):
-        assert used["registers"] <= 128 and used["shared"] <= 113 << 10  # two tiles on an SM
+    check_compiled(module, variant, target)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from aot import RUNNERS, TARGETS, compiled, interpreted
-from common import NAN, assert_bits, fixed_order_dot, randint, randn
-from encoders import CASES, Case
+from aot import interpreted, run_all
+from common import NAN, randint, randn
+from encoders import CASES, Case, assert_all_bits
+from kernels_common import check_compiled, few, for_reference, shipped
 from torch import Tensor
 
 from fastsae import reference
@@ -18,32 +19,12 @@ MODULES = {
     "radix": radix,
     "stream": stream,
 }
-run_all = pytest.mark.parametrize("run", RUNNERS)
-
-
-def pre_activations(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """(N, F), every value in the promised order."""
-    h = torch.from_numpy(fixed_order_dot(x.float().numpy(), W.float().numpy()))
-    return h if b is None else h + b.float()
-
-
-def as_pre_activations(h: Tensor) -> tuple[Tensor, Tensor, None]:
-    """x, W and b of which the reference makes this h: tokens of it, and latents that read one."""
-    return h, torch.eye(h.shape[1]), None
-
-
-def assert_rows(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for a, b in zip(got, expected, strict=True):
-        assert_bits(a, b) if a.dtype != torch.int64 else torch.testing.assert_close(a, b)
 
 
 def check(run, case: Case, budget: int, precision: str = "screened", **options) -> None:
     got = run(encode_batch.encode_batch, *case[:3], budget, precision, **options)
-    x, W, b = case[:3]
-    if precision == "bf16":
-        x, W = x.bfloat16(), W.bfloat16()
-    h = as_pre_activations(pre_activations(x, W, b))
-    assert_rows(got, reference.encode_batch(*h, budget, **options))
+    h = for_reference(case, precision)
+    assert_all_bits(got, reference.encode_batch(*h, budget, **options))
 
 
 HOSTILE = [
@@ -56,19 +37,13 @@ HOSTILE = [
 @run_all
 @pytest.mark.parametrize("name", HOSTILE)
 def test_bits(run, name):
-    check(run, some(CASES[name]()), 40)
-
-
-def some(case: Case) -> Case:
-    """A few of its tokens and latents: the interpreter takes long for each."""
-    b = None if case.b_enc is None else case.b_enc[:110]
-    return case._replace(x=case.x[-3:], W_enc=case.W_enc[:110], b_enc=b)
+    check(run, few(CASES[name]()), 40)
 
 
 @run_all
 @pytest.mark.parametrize("name", ["near-ties", "tokens-of-all-sizes", "bf16-overflows-x"])
 def test_bf16_weights(run, name):
-    case = some(CASES[name]())
+    case = few(CASES[name]())
     check(run, case._replace(W_enc=case.W_enc.bfloat16()), 40)
 
 
@@ -79,7 +54,7 @@ def test_bf16_weights(run, name):
     ids=["fp16-fp16", "bf16-fp32"],
 )
 def test_other_dtypes(run, x, W):
-    case = some(CASES["near-ties"]())
+    case = few(CASES["near-ties"]())
     case = case._replace(x=case.x.to(x), W_enc=case.W_enc.to(W))
     check(run, case, 40)
 
@@ -117,8 +92,7 @@ def test_hot_latents_in_one_bucket_are_repaired(run):
     case = Case(randn(3, 32).abs(), randn(300, 32, seed=1), None, 0)
     case.W_enc[0 : 24 * 8 : 24] += 3
     assert keys.keys_config(3, 300, 8, "tf32", 32, True, *[False] * 4)["LOG2_G"] == 4
-    h = as_pre_activations(pre_activations(*case[:3]))
-    assert (reference.encode_batch(*h, 24)[1] % 24 == 0).all()
+    assert (reference.encode_batch(*for_reference(case), 24)[1] % 24 == 0).all()
     check(run, case, 24)
 
 
@@ -166,8 +140,8 @@ def test_more_candidates_than_room_are_streamed(name):
         options = {"scale": randn(100, seed=3).abs(), "absolute": True}
     got, listed = interpreted(streamed, -3 * budget, x, W, b, budget, **options)
     assert listed == budget
-    h = as_pre_activations(pre_activations(x, W, b))
-    assert_rows(got, reference.encode_batch(*h, budget, **options))
+    h = for_reference(Case(x, W, b, 0))
+    assert_all_bits(got, reference.encode_batch(*h, budget, **options))
 
 
 @run_all
@@ -212,25 +186,6 @@ def test_waits_for_nothing():
         encode_batch.encode_batch(x, W, None, 800, scale=scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def shipped(modules: dict) -> list[tuple[str, str, str]]:
-    """Wide tiles are not launched on an MI300."""
-    every = [(m, v, t) for m, of in modules.items() for v in of.variants() for t in TARGETS]
-    return [(m, v, t) for m, v, t in every if not (t == "MI300" and v.endswith("-wide"))]
-
-
-def check_compiled(module: str, variant: str, target: str) -> None:
-    used = compiled(f"fastsae.kernels.{module}", variant, TARGETS[target])
-    assert used["registers"] <= 255
-    # Bytes of a thread, where tiles fill the registers of what they were not tuned for.
-    tile = variant.startswith(("bf16", "tf32", "ieee", "bits"))
-    assert used["spills"] <= (160 if tile and target != "H100" else 0)
-    assert used["shared"] <= {"A100": 163, "MI300": 64}.get(target, 227) << 10
-    if variant in ("bf16-32", "bf16-32-bias", "bf16-32-latents", "bits-bf16") and target == "H100":
-        assert used["registers"] <= 128 and used["shared"] <= 113 << 10  # two tiles on an SM
-    # Integers of histograms, in memory of the program or of all.
-    assert used["atomics"] == 0 or variant.startswith(("histogram", "bound", "latent"))
 
 
 @pytest.mark.parametrize(("module", "variant", "target"), shipped(MODULES))

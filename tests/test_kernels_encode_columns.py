@@ -2,17 +2,10 @@
 
 import pytest
 import torch
-from aot import interpreted
+from aot import interpreted, run_all
 from common import NAN, randint, randn
-from encoders import CASES, Case
-from test_kernels_encode_batch import (
-    as_pre_activations,
-    assert_rows,
-    check_compiled,
-    pre_activations,
-    run_all,
-    shipped,
-)
+from encoders import CASES, Case, assert_all_bits
+from kernels_common import check_compiled, few, for_reference, shipped
 from torch import Tensor
 
 from fastsae import reference
@@ -28,17 +21,7 @@ def budgets_of(f: int, high: int, seed: int = 9) -> Tensor:
 def check(run, case: Case, budgets: Tensor, spare: int = 3, precision: str = "screened") -> None:
     room = int(budgets.clamp(max=len(case.x)).sum()) + spare
     got = run(encode_columns.encode_columns, *case[:3], budgets, room, precision)
-    x, W, b = case[:3]
-    if precision == "bf16":
-        x, W = x.bfloat16(), W.bfloat16()
-    h = as_pre_activations(pre_activations(x, W, b))
-    assert_rows(got, reference.encode_columns(*h, budgets, room))
-
-
-def some(case: Case) -> Case:
-    """A few of its tokens and latents: the interpreter takes long for each latent."""
-    b = None if case.b_enc is None else case.b_enc[:7]
-    return case._replace(x=case.x[:100], W_enc=case.W_enc[:7], b_enc=b)
+    assert_all_bits(got, reference.encode_columns(*for_reference(case, precision), budgets, room))
 
 
 HOSTILE = [
@@ -50,13 +33,13 @@ HOSTILE = [
 @run_all
 @pytest.mark.parametrize("name", HOSTILE)
 def test_bits(run, name):
-    check(run, some(CASES[name]()), budgets_of(7, 9))
+    check(run, few(CASES[name](), 100, 7), budgets_of(7, 9))
 
 
 @run_all
 @pytest.mark.parametrize("name", ["near-ties", "tokens-of-all-sizes", "bf16-overflows-x"])
 def test_bf16_weights(run, name):
-    case = some(CASES[name]())
+    case = few(CASES[name](), 100, 7)
     check(run, case._replace(W_enc=case.W_enc.bfloat16()), budgets_of(len(case.W_enc), 9))
 
 
@@ -67,7 +50,7 @@ def test_bf16_weights(run, name):
     ids=["fp16-fp16", "bf16-fp32"],
 )
 def test_other_dtypes(run, x, W):
-    case = some(CASES["near-ties"]())
+    case = few(CASES["near-ties"](), 100, 7)
     case = case._replace(x=case.x.to(x), W_enc=case.W_enc.to(W))
     check(run, case, budgets_of(7, 9))
 
@@ -110,7 +93,7 @@ def test_hot_tokens_in_one_bucket_are_repaired(run):
     budgets = torch.tensor([5, 1, 1, 1, 6], dtype=torch.int32)
     config = keys.keys_config(5, 300, 4 * budgets.sum() / 5, "tf32", 32, True, True, *[False] * 3)
     assert config["LOG2_G"] == 3
-    h = pre_activations(*case[:3])
+    h, *_ = for_reference(case)
     assert (h[:, [0, 4]].topk(6, dim=0).indices % 48 == 0).all()
     check(run, case, budgets, spare=0)
 
@@ -150,8 +133,8 @@ def test_more_candidates_than_room_are_streamed(bias):
     room = int(budgets.sum())
     got, which = interpreted(streamed, -4 * room, x, W, b, budgets, room)
     assert which[:2].all() and not which[3:].any()
-    h = as_pre_activations(pre_activations(x, W, b))
-    assert_rows(got, reference.encode_columns(*h, budgets, room))
+    h = for_reference(Case(x, W, b, 0))
+    assert_all_bits(got, reference.encode_columns(*h, budgets, room))
 
 
 @run_all

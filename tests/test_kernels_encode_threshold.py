@@ -2,18 +2,10 @@
 
 import pytest
 import torch
-from aot import interpreted
+from aot import interpreted, run_all
 from common import INF, NAN, randint, randn
-from encoders import CASES, Case
-from test_kernels_encode_batch import (
-    as_pre_activations,
-    assert_rows,
-    check_compiled,
-    pre_activations,
-    run_all,
-    shipped,
-    some,
-)
+from encoders import CASES, Case, assert_all_bits
+from kernels_common import check_compiled, few, for_reference, shipped
 from torch import Tensor
 
 from fastsae import reference
@@ -25,17 +17,13 @@ MODULES = {"encode_threshold": encode_threshold}
 
 def check(run, case: Case, thresholds: Tensor, precision: str = "screened") -> None:
     got = run(encode_threshold.encode_threshold, *case[:3], thresholds, None, precision)
-    x, W, b = case[:3]
-    if precision == "bf16":
-        x, W = x.bfloat16(), W.bfloat16()
-    h = pre_activations(x, W, b)
-    h, eye, _ = as_pre_activations(h)
-    assert_rows(got, reference.encode_threshold(h, eye, None, thresholds))
+    expected = reference.encode_threshold(*for_reference(case, precision), thresholds)
+    assert_all_bits(got, expected)
 
 
 def at_values(case: Case) -> Tensor:
     """Thresholds that a value of each latent equals, or is one unit above or below."""
-    h = pre_activations(*case[:3])
+    h, *_ = for_reference(case)
     theta = h[torch.arange(h.shape[1]) % len(h), torch.arange(h.shape[1])]
     nudge = torch.tensor([0.0, INF, -INF]).repeat(len(theta))[: len(theta)]
     return theta.nextafter(theta + nudge.nan_to_num(0, INF, -INF)).where(nudge != 0, theta)
@@ -51,14 +39,14 @@ HOSTILE = [
 @run_all
 @pytest.mark.parametrize("name", HOSTILE)
 def test_bits(run, name):
-    case = some(CASES[name]())
+    case = few(CASES[name]())
     check(run, case, at_values(case))
 
 
 @run_all
 @pytest.mark.parametrize("name", ["near-ties", "tokens-of-all-sizes", "bf16-overflows-x"])
 def test_bf16_weights(run, name):
-    case = some(CASES[name]())
+    case = few(CASES[name]())
     case = case._replace(W_enc=case.W_enc.bfloat16())
     check(run, case, at_values(case))
 
@@ -70,7 +58,7 @@ def test_bf16_weights(run, name):
     ids=["fp16-fp16", "bf16-fp32"],
 )
 def test_other_dtypes(run, x, W):
-    case = some(CASES["near-ties"]())
+    case = few(CASES["near-ties"]())
     case = case._replace(x=case.x.to(x), W_enc=case.W_enc.to(W))
     check(run, case, at_values(case))
 
@@ -123,11 +111,11 @@ def test_limit(slack):
     x, W = randn(3, 24), randn(110, 24, seed=1)
     x[:, 0], W[:, 0] = 1e5, 0  # bounds far wider than what values differ by
     thresholds = torch.full((110,), 8.0)
-    h, eye, _ = as_pre_activations(pre_activations(x, W, None))
-    expected = reference.encode_threshold(h, eye, None, thresholds)
+    h = for_reference(Case(x, W, None, 0))
+    expected = reference.encode_threshold(*h, thresholds)
     nnz = len(expected[0])
-    assert 0 < 2 * nnz < h.numel() / 2
-    assert_rows(interpreted(limited, slack, x, W, None, thresholds, nnz), expected)
+    assert 0 < 2 * nnz < h[0].numel() / 2
+    assert_all_bits(interpreted(limited, slack, x, W, None, thresholds, nnz), expected)
     with pytest.raises(TooManyPairs, match=f"more than {nnz - 1} pairs pass their thresholds"):
         interpreted(limited, slack, x, W, None, thresholds, nnz - 1)
     with pytest.raises(TooManyPairs, match="more than 0 pairs"):

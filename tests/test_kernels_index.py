@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from aot import RUNNERS, TARGETS, compiled
+from aot import TARGETS, compiled, run_all
 from common import ragged, random_codes
 from torch import Tensor
 
 from fastsae import reference
 from fastsae.kernels import index
-
-run_all = pytest.mark.parametrize("run", RUNNERS)
 
 
 def joined(idx: Tensor, n_latents: int, row_ptr: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from aot import RUNNERS, TARGETS, compiled, interpreted
+from aot import TARGETS, compiled, interpreted, run_all
 from common import assert_within_eager, name_of, ragged, randint, randn, random_codes
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from fastsae.kernels import column_sum, rows, unit_rows
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN, INF = float("nan"), float("inf")
 
-run_all = pytest.mark.parametrize("run", RUNNERS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 
