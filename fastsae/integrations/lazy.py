@@ -139,17 +139,9 @@ def lazy_codes(codes: Codes, shape: torch.Size) -> Lazy:
     """The matrix (…, F) with these nonzeros."""
 
     def make(vals: Tensor) -> Tensor:
-        return dense(Codes(vals, codes.idx, codes.n_latents, codes.row_ptr))
+        return Codes(vals, codes.idx, codes.n_latents, codes.row_ptr).to_dense()
 
     return lazy(make, shape, codes.vals, codes=codes)
-
-
-def dense(codes: Codes) -> Tensor:
-    """The matrix (N, F) of codes, contiguous; differentiable."""
-    there = (codes.idx >= 0).reshape(-1)
-    at = codes.token_ids() * codes.n_latents + codes.idx.reshape(-1)
-    matrix = codes.vals.new_zeros(codes.n_tokens, codes.n_latents)
-    return matrix.view(-1).scatter_(0, at[there], codes.vals.reshape(-1)[there]).view(matrix.shape)
 
 
 # ---- operations on the nonzeros alone; None: on the matrix ----
@@ -163,7 +155,7 @@ def _converted(of: Lazy, *, dtype: torch.dtype | None = None, **others: Any) -> 
         return None
     vals = (codes.vals != 0).to(codes.vals.dtype) if dtype == torch.bool else codes.vals.to(dtype)
     new = Codes(vals, codes.idx, codes.n_latents, codes.row_ptr)
-    state = _State(lambda: dense(new).to(dtype).view(of.shape), new)
+    state = _State(lambda: new.to_dense().to(dtype).view(of.shape), new)
     return Lazy(state, of.shape, of, dtype)
 
 

@@ -4,6 +4,7 @@ Results are compared with SAELens's own in float64: the error is at most that of
 """
 
 import copy
+import importlib.metadata
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -724,7 +725,7 @@ def test_blocks() -> None:
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsae.integrations.sae_lens.methods.version", lambda name: "7.0.0")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "7.0.0")
     before = methods()
     with pytest.raises(RuntimeError, match=r"sae-lens: expected version 6\.54\.12.*got 7\.0\.0"):
         accelerate()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastsae import ops
 from fastsae.codes import Codes
-from fastsae.integrations.lazy import Lazy, dense, lazy, lazy_codes
+from fastsae.integrations.lazy import Lazy, lazy, lazy_codes
 
 MIN_TOKENS = 256
 """From how many tokens on a copy of W_enc by latents pays for itself."""
@@ -97,7 +97,7 @@ def plain(acts: Tensor) -> Tensor:
     """feature_acts as a plain tensor, differentiable."""
     if not isinstance(acts, Lazy):
         return acts
-    return acts.clone() if acts.codes is None else dense(acts.origin.scaled).view(acts.shape)
+    return acts.clone() if acts.codes is None else acts.origin.scaled.to_dense().view(acts.shape)
 
 
 def pairs_of(acts: Tensor) -> Codes | None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fastsae import ops
 from fastsae.blocked import row_norms
 from fastsae.codes import Codes
-from fastsae.integrations.lazy import dense
 from fastsae.integrations.sae_lens.acts import (
     Source,
     computable,
@@ -118,7 +117,7 @@ def _encode(original: Method, sae: Any, x: Tensor, choose: Choose) -> Tensor:
     scale = found.source.scale
     if is_left_out(sae):
         return lazy_acts(found.pairs, scale, found.shape, sae.dtype)
-    acts = dense(scaled(found.pairs, scale, sae.dtype)).view(found.shape)
+    acts = scaled(found.pairs, scale, sae.dtype).to_dense().view(found.shape)
     return sae.hook_sae_acts_post(acts)
 
 

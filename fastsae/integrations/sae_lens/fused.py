@@ -26,10 +26,11 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
+from fastsae.integrations.library import check_version
 from fastsae.integrations.sae_lens.encoding import Method
 from fastsae.integrations.sae_lens.methods import (
     METHODS,
-    check_version,
+    PROVEN,
     inherited,
     instead_of,
     replaced,
@@ -46,7 +47,7 @@ class Fast:
     W_enc: nn.Parameter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        check_version(force=bool(replaced))
+        check_version("sae-lens", PROVEN, force=bool(replaced))
         super().__init__(*args, **kwargs)
 
     def latents_in_a_row(self) -> Tensor:

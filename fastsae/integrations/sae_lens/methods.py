@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -110,13 +109,3 @@ def inherited(cls: type, name: str) -> Method:
     """SAELens's own method of this name, accelerated or not."""
     owner = next(c for c in cls.__mro__ if name in c.__dict__)
     return replaced.get((owner, name), owner.__dict__[name])
-
-
-def check_version(force: bool) -> None:
-    """RuntimeError for a version of SAELens that is not in PROVEN, unless forced."""
-    found = version("sae-lens")
-    if found not in PROVEN and not force:
-        raise RuntimeError(
-            f"sae-lens: expected version {' or '.join(PROVEN)}, which fastsae was tested with, got "
-            f"{found}; accelerate(force=True) tries it all the same"
-        )

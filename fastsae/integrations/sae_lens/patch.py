@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from fastsae.integrations.library import check_version
 from fastsae.integrations.sae_lens.fused import TRAINER_METHODS
-from fastsae.integrations.sae_lens.methods import METHODS, check_version, instead_of, replaced
+from fastsae.integrations.sae_lens.methods import METHODS, PROVEN, instead_of, replaced
 
 
 class Acceleration:
@@ -33,7 +34,7 @@ def accelerate(*, force: bool = False) -> Acceleration:
     RuntimeError where its version is not one of PROVEN, unless forced. Calling it twice is calling
     it once. With `with accelerate():` the end of the block restores, unless it was on before.
     """
-    check_version(force)
+    check_version("sae-lens", PROVEN, force)
     owns = not replaced
     if owns:
         for cls, name, stand_in in (*METHODS, *TRAINER_METHODS):
