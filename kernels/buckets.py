@@ -37,6 +37,7 @@ def store_keys(
     G: tl.constexpr = 1 << LOG2_G
     BUCKETS: tl.constexpr = BN // G
     slot = (G - 1 - tl.arange(0, BN) // BUCKETS).to(tl.int32)[None, :]
+    # First what is there: other orders that were tried spill registers of wide tiles on an H100.
     u = tl.where(there[None, :], u, 0.0)
     m1 = (u.to(tl.int32, bitcast=True) + (G - 1)) & -G
     m1 = tl.where(u > 0, m1 | slot, 0)
