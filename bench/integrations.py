@@ -15,7 +15,6 @@ import contextlib
 import gc
 import importlib
 import importlib.metadata
-import json
 import os
 import statistics
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Case, Shape, Side, memory, parse_shape, tokens
+from measure import Case, Shape, Side, memory, parse_shape, tokens, write_json
 from torch import Tensor
 
 SHAPES: tuple[Shape, ...] = ((2048, 768, 24576, 32), (1024, 384, 131072, 32))
@@ -256,10 +255,7 @@ def main() -> None:
         for row in rows_of(args.library, args.shape or list(SHAPES), args.case, args.steps):
             rows.append(row)
             print_row(row)
-    if args.json == "-":
-        print(json.dumps(rows, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -117,3 +118,12 @@ def parse_shape(text: str) -> Shape:
             f"expected N,D,F,K (positive, K at most F), got {text!r}"
         ) from None
     return n, d, f, k
+
+
+def write_json(rows: list[Any], where: str | None) -> None:
+    """Rows as JSON to a file, or to stdout for "-"; nothing for None."""
+    text = json.dumps(rows, indent=1)
+    if where == "-":
+        print(text)
+    elif where:
+        Path(where).write_text(text + "\n")

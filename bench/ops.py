@@ -10,16 +10,14 @@ sums over gathered rows in GFLOP/s, and what the operation must read and write o
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measure import Shape, parse_shape
+from measure import Shape, parse_shape, write_json
 from step import SHAPES, machine
 from torch import Tensor
 
@@ -195,10 +193,7 @@ def main() -> None:
                 "-" if c is None else f"{c:.{3 if i == 1 else 1}f}" for i, c in enumerate(cells)
             ]
             print(header.format(op.name, *texts), file=sys.stderr)
-    if args.json == "-":
-        print(json.dumps(rows, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(rows, args.json)
 
 
 if __name__ == "__main__":

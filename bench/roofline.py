@@ -22,14 +22,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO
 
-from measure import Shape, parse_shape
+from measure import Shape, parse_shape, write_json
 
 from fastsae.kernels.adam import adam_cost
 from fastsae.kernels.checks import Cost
@@ -277,10 +275,7 @@ def main() -> None:
     shapes = args.shape or SHAPES
     rows = [row for shape in shapes for row in rows_of(shape, rates, args.candidates)]
     print_tables(rows, sys.stderr if "-" in (args.json, args.csv) else sys.stdout)
-    if args.json == "-":
-        print(json.dumps(rows, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(rows, args.json)
     if args.csv == "-":
         write_csv(rows, sys.stdout)
     elif args.csv:

@@ -12,13 +12,13 @@ with gradients and is left out where there are none.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from measure import write_json
 from step import machine
 
 from fastsae import SAE, SAEConfig, Selection
@@ -102,8 +102,7 @@ def main() -> None:
         if args.json:  # as far as it has come: the whole takes long
             shared = {"data": Path(args.data).name, "d_sae": args.d_sae, "k": args.k}
             shared |= {"rows": args.rows, "batch_size": args.batch_size, "lr": args.lr}
-            text = json.dumps([row | shared | machine() for row in rows], indent=1)
-            Path(args.json).write_text(text + "\n")
+            write_json([row | shared | machine() for row in rows], args.json)
     print(f"{'rule':16} {'FVU':>16} {'L0':>6} {'training L0':>11} {'dead':>6}")
     for name in names:
         of = [row for row in rows if row["rule"] == name]

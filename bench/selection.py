@@ -16,7 +16,6 @@ optimiser state.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure import Shape, parse_shape, product_seconds
+from measure import Shape, parse_shape, product_seconds, write_json
 from step import machine
 
 from fastsae import SAE, SAEConfig, Selection
@@ -164,10 +163,7 @@ def main() -> None:
                 file=sys.stderr,
             )
     rows = [row | machine() for row in rows]
-    if args.json == "-":
-        print(json.dumps(rows, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import write_json
 from step import machine
 
 from fastsae import SAE, SAEConfig, TopK
@@ -149,10 +150,7 @@ def main() -> None:
         if group is not None:
             group[0].rmdir()
     rows = [row | machine() for row in rows]
-    if args.json == "-":
-        print(json.dumps(rows, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import platform
@@ -27,7 +26,7 @@ from typing import Any, Literal
 
 import peers
 import torch
-from measure import Shape, Step, Weights, measure, parse_shape
+from measure import Shape, Step, Weights, measure, parse_shape, write_json
 
 from fastsae import SAE, SAEConfig, TopK, cpu
 from fastsae.data import Batch, open_source
@@ -226,10 +225,7 @@ def main() -> None:
             row = peers.run(peer, shape, args.steps, args.threads)
             rows.append(machine() | row)
             print_row(row, "defaults")
-    if args.json == "-":
-        print(json.dumps(rows, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(rows, args.json)
 
 
 if __name__ == "__main__":
