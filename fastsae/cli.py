@@ -19,11 +19,11 @@ import tyro
 
 import fastsae
 from fastsae import SAEConfig, Selection, cpu, formats, ops, plan, runs
+from fastsae.config import TrainConfig
 from fastsae.data import open_source, split
 from fastsae.harvest import HarvestConfig, harvest
 from fastsae.models import load_model
 from fastsae.options import as_arguments, read_options, rule_from, selection_parameters, typed
-from fastsae.train import TrainConfig
 
 
 @dataclass(frozen=True)

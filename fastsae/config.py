@@ -1,7 +1,8 @@
-"""What an SAE is, as plain data."""
+"""What an SAE is and how it is trained, as plain data."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+B_DEC_STARTS = ("geometric_median", "mean", "zero")
+OPTIMIZERS = ("adam", "adam-lazy", "torch-adam")
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,105 @@ class SAEConfig:
             raise ValueError(f"config: expected a field {error}, got none") from None
         except TypeError as error:
             raise ValueError(f"config: {error}") from None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an SAE is trained."""
+
+    steps: int = 1000
+    """Number of optimiser steps."""
+    batch_size: int = 1024
+    """Tokens a step."""
+    lr: float | None = None
+    """Peak learning rate of Adam; None: 2e-4 / sqrt(d_sae / 16384), as in Gao et al. 2024."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises linearly from 0; None: steps / 10, at most 1000."""
+    decay_fraction: float = 0.2
+    """Share of the steps, the last ones, over which it falls to 0."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How it falls: on a line, or on half a wave of a cosine."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, one after the other, for less memory; a budget of the batch
+    is one of each part."""
+    optimizer: Literal["adam", "adam-lazy", "torch-adam"] = "adam"
+    """adam: exact, on gradient rows; adam-lazy: touched rows only; torch-adam: torch's own."""
+    beta1: float = 0.9
+    """Adam's decay of the mean gradient."""
+    beta2: float = 0.999
+    """Adam's decay of the mean squared gradient."""
+    eps: float = 6.25e-10
+    """Added to Adam's denominator (the gradient of a mean over tokens and width is small)."""
+    clip: float | None = None
+    """Largest global gradient norm; None: no clipping."""
+    seed: int = 0
+    """Of the order of the data; on the command line also of the initial weights."""
+    scale: bool = True
+    """Scale the activations to a mean variance of 1 a coordinate (measured on init_rows rows)."""
+    b_dec: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    """Where b_dec starts."""
+    init_rows: int = 8192
+    """Training rows that the scale and b_dec are measured on."""
+    resample_every: int | None = None
+    """Steps between new starts of dead latents where the error is large; None: never."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, which then is what is evaluated and saved at the
+    end; None: no average."""
+    log_every: int = 50
+    """Steps between lines of log.jsonl."""
+    eval_every: int | None = None
+    """Steps between evaluations on held-out rows; None: a tenth of the steps."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; there is one at the end, too."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest ones."""
+    wandb: str | None = None
+    """Project of Weights & Biases that the log goes to as well; None: none."""
+
+    def __post_init__(self) -> None:
+        optional = ("warmup_steps", "resample_every", "eval_every")
+        counts = ("steps", "batch_size", "accumulate", "init_rows", "seed")
+        for name in (*counts, "log_every", "checkpoint_every", "keep", *optional):
+            value, least = getattr(self, name), 0 if name in ("seed", "warmup_steps") else 1
+            if value is None and name in optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}: expected an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+        for name in ("beta1", "beta2", "ema"):
+            value = getattr(self, name)
+            if not (value is None and name == "ema") and not 0 <= value < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate: expected at most batch_size {self.batch_size}, got {self.accumulate}"
+            )
+        if self.decay not in ("linear", "cosine"):
+            raise ValueError(f"decay: expected linear or cosine, got {self.decay!r}")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps: expected a finite number above 0, got {self.eps}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(
+                f"decay_fraction: expected a number in [0, 1], got {self.decay_fraction}"
+            )
+        if self.optimizer not in OPTIMIZERS:
+            optimizers = ", ".join(OPTIMIZERS)
+            raise ValueError(f"optimizer: expected one of {optimizers}, got {self.optimizer!r}")
+        if self.b_dec not in B_DEC_STARTS:
+            starts = ", ".join(B_DEC_STARTS)
+            raise ValueError(f"b_dec: expected one of {starts}, got {self.b_dec!r}")
+
+    def lr_factor(self, step: int) -> float:
+        """What the peak learning rate is multiplied with at a step, counted from 0."""
+        warmup = min(self.steps // 10, 1000) if self.warmup_steps is None else self.warmup_steps
+        up = (step + 1) / warmup if step < warmup else 1.0
+        decay = self.decay_fraction * self.steps
+        down = (self.steps - step) / decay if self.steps - step < decay else 1.0
+        if self.decay == "cosine":
+            down = (1 - math.cos(math.pi * down)) / 2
+        return min(up, down)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastsae.config import DTYPES, SAEConfig
-from fastsae.train import TrainConfig
+from fastsae.config import DTYPES, SAEConfig, TrainConfig
 
 PROCESS = 440 << 20
 """Bytes that Python, torch and the package take without any data."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastsae import checkpoint, metrics, plan
-from fastsae.config import SAEConfig
+from fastsae.config import SAEConfig, TrainConfig
 from fastsae.data import Source, in_order, open_source, split
 from fastsae.files import appear, read_json, write_json
 from fastsae.log import find_wandb
@@ -27,7 +27,7 @@ from fastsae.report import write_report
 from fastsae.sae import SAE
 from fastsae.selection import Selection
 from fastsae.timing import product_seconds
-from fastsae.train import TrainConfig, Trainer, evaluate
+from fastsae.train import Trainer, evaluate
 
 FILES = ("run.json", "config.json", "sae.safetensors", "log.jsonl", "metrics.json", "report.html")
 FIGURE_ROWS = 1 << 20

@@ -21,14 +21,12 @@ from torch import Tensor, nn
 
 from fastsae import losses, ops
 from fastsae.codes import Codes
-from fastsae.config import DTYPES, SAEConfig
+from fastsae.config import B_DEC_STARTS, DTYPES, SAEConfig
 from fastsae.files import read_json, sync_folder, write_json
 from fastsae.selection import Call, Selected, State, TopK
 from fastsae.selection.base import Terms
 from fastsae.sums import row_norms, total
 from fastsae.tensors import read_tensors, write_tensors
-
-B_DEC_STARTS = ("geometric_median", "mean", "zero")
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,14 @@ def test_a_run_is_interrupted_resumed_and_evaluated(acts: Path, tmp_path: Path) 
     assert f"{again['fvu']:.4f}" in run("eval", out).stdout
     everything = json.loads(run("eval", out, "--data", acts, "--json").stdout)
     assert everything["fvu"] == evaluate(SAE.load(out), open_source(acts))["fvu"]
+
+    moved = tmp_path / "moved.npy"
+    shutil.copy(acts, moved)
+    run("train", "--resume", "--out", out, "--data", moved)
+    assert json.loads((out / "run.json").read_text())["data"] == str(moved)
+    np.save(tmp_path / "other.npy", np.load(acts)[::-1])
+    done = run("train", "--resume", "--out", out, "--data", tmp_path / "other.npy", code=1)
+    assert "a run goes on with what it began with: expected rows" in done.stderr
 
     done = run("train", "--resume", "--out", out, "--k", 5, code=1)
     assert "a run goes on with what it began with: expected k 4, got 5" in done.stderr
