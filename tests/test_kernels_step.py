@@ -3,6 +3,7 @@
 In Triton's interpreter, and on a GPU where there is one.
 """
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastsae import SAE, SAEConfig, TopK, reference
 from fastsae.data import Batch, open_source
 from fastsae.optim import Adam
+from fastsae.sae import SAEOutput
 from fastsae.train import TrainConfig, Trainer
 
 N, D, F, K = 8, 16, 96, 4
@@ -56,12 +58,24 @@ def steps(device: str, settings: dict) -> list[dict[str, Tensor]]:
     return found
 
 
-def bad_step(device: str) -> dict[str, list[Tensor]]:
-    """Parameters and optimiser state before and after a batch that is not finite."""
-    trainer = make("triton", device)
+def bad_step(device: str, gradient: bool) -> dict[str, list[Tensor]]:
+    """Parameters and optimiser state before and after a batch that is not finite.
+
+    gradient: of the loss only the gradient is not, which clipping finds.
+    """
+    trainer = make("triton", device, clip=0.05 if gradient else None)
     first, bad, _ = batches()
     trainer.step(Batch(first, None))
-    bad[3, 2] = torch.nan
+    if gradient:
+        own = trainer.sae.losses
+
+        def steep(*batch: Tensor) -> SAEOutput:
+            output = own(*batch)
+            return replace(output, loss=output.loss + (trainer.sae.b_dec * 0).sqrt().sum())
+
+        trainer.sae.losses = steep
+    else:
+        bad[3, 2] = torch.nan
 
     def snapshot() -> list[Tensor]:
         states = trainer.optimizer.state.values()
@@ -144,8 +158,9 @@ def test_steps_follow_the_reference(run, name):
 
 
 @run_all
-def test_a_bad_step_writes_nothing(run):
-    found = run(bad_step)
+@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
+def test_a_bad_step_writes_nothing(run, gradient):
+    found = run(bad_step, gradient)
     assert not found["finite"][0]
     assert len(found["before"]) > 8
     for before, after in zip(found["before"], found["after"], strict=True):
