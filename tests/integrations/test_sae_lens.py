@@ -535,8 +535,21 @@ def test_hooks(kind: str, name: str) -> None:
         seen.clear()
     assert found[0][-1].shape == found[1][-1].shape
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
-    if name.startswith("acts") and kind == "training":  # SAELens's own path
+    if name == "input" or (name.startswith("acts") and kind == "training"):  # SAELens's own path
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [*INFERENCE, *TRAINING])
+def test_input_hooks_run_once_whatever_comes(kind: str) -> None:
+    sae = inference(kind) if kind in INFERENCE else make(kind)
+    calls = []
+    x = batch(0)
+    with accelerate(), sae.hooks(fwd_hooks=[("hook_sae_input", lambda t, hook: calls.append(0))]):
+        for given in (x, 50 * x, x.index_fill(0, torch.tensor(3), torch.nan)):
+            for call in (sae, sae.encode):
+                calls.clear()
+                call(given)
+                assert len(calls) == 1
 
 
 def test_backward_hooks_and_caches() -> None:
