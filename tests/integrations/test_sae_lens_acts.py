@@ -161,6 +161,24 @@ def test_padding_is_nothing() -> None:
     assert acts.tolist() == [[1, 0, 2, 0], [0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_sums_of_16_bits_are_rounded_once(dtype: torch.dtype, dim: int) -> None:
+    """As torch's: one by one, in 16 bits, a count ends at 256 or 2048."""
+    vals = torch.rand(3000, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    idx = torch.zeros(3000, 1, dtype=torch.int32)
+    if dim:
+        vals, idx = vals.T, torch.arange(3000, dtype=torch.int32)[None]
+    codes = Codes(vals, idx, 3000 if dim else 1)
+    acts = lazy_codes(codes, torch.Size([1, 3000] if dim else [3000, 1]))
+    dense = codes.to_dense()
+    for kind in (lambda t: t.bool().to(dtype), lambda t: t.to(dtype)):
+        got, expected = kind(acts).sum(dim), kind(dense).sum(dim)
+        assert got.dtype == dtype and float(expected.max()) > 2500
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(acts.sum(dim, dtype=dtype), dense.sum(dim, dtype=dtype))
+
+
 def test_three_dimensions() -> None:
     codes = Codes(torch.ones(6, 1), torch.arange(6, dtype=torch.int32)[:, None], 6)
     acts = lazy_codes(codes, torch.Size([2, 3, 6]))
