@@ -6,6 +6,7 @@ Results are compared with SAELens's own in float64: the error is at most that of
 import copy
 import importlib.metadata
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformer_lens import HookedTransformerConfig
 
 from fastsae.integrations.lazy import Lazy
 from fastsae.integrations.sae_lens import FastTopKTrainingSAE, accelerate, patch, restore
-from fastsae.integrations.sae_lens.methods import METHODS, replaced
+from fastsae.integrations.sae_lens.methods import METHODS, replacements
 
 N, D, F, K = 259, 24, 640, 8
 COMMON = {"d_in": D, "d_sae": F}
@@ -715,11 +716,11 @@ def test_restore_restores_everything() -> None:
     accelerate()
     changed = {name for name, f in methods().items() if before[name] is not f}
     assert changed == {(o.__name__, name) for o, name, _ in (*METHODS, *patch.TRAINER_METHODS)}
-    accelerate()  # twice is once
-    restore()
+    accelerate()
+    restore()  # of both
     after = methods()
     assert before.keys() == after.keys() and all(before[n] is after[n] for n in before)
-    assert not replaced
+    assert not replacements.owners and not replacements.originals
     restore()
 
 
@@ -735,6 +736,57 @@ def test_blocks() -> None:
     with accelerate():
         pass
     assert methods() != before
+
+
+def test_the_last_of_several_restores() -> None:
+    before = methods()
+    first, second = accelerate(), accelerate()
+    first.restore(), first.restore()
+    assert methods() != before
+    second.restore()
+    assert methods() == before
+    restore()
+    early = accelerate()
+    restore()
+    late = accelerate()
+    early.restore()
+    assert methods() != before
+    late.restore()
+    assert methods() == before
+
+
+def test_blocks_of_threads_that_overlap() -> None:
+    """Whichever ends first, it is on until both have ended."""
+    before = methods()
+    inside, done = threading.Event(), threading.Event()
+
+    def block() -> None:
+        with accelerate():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=block)
+    with accelerate():
+        thread.start()
+        assert inside.wait(10)
+    assert methods() != before
+    done.set()
+    thread.join()
+    assert methods() == before
+
+
+def test_what_others_replaced_since_stays() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x
+
+    before, original = methods(), sae_lens.SAE.forward
+    try:
+        with accelerate():
+            sae_lens.SAE.forward = forward
+        assert sae_lens.SAE.forward is forward
+    finally:
+        sae_lens.SAE.forward = original
+    assert methods() == before
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,12 +143,13 @@ def test_watching_its_gradient_is_refused() -> None:
             watch()
 
 
-def test_stays_what_it_was_after_the_update() -> None:
+@pytest.mark.parametrize("of", [lambda p: p, lambda p: p.data], ids=["parameter", "data"])
+def test_stays_what_it_was_after_the_update(of: Callable[[Tensor], Tensor]) -> None:
     sae, eager, fast = outputs()
     expected = eager.feature_acts.clone(), eager.hidden_pre.clone()
     with torch.no_grad():
         for p in sae.parameters():
-            p.add_(1)
+            of(p).add_(1)
     got = fast.feature_acts.clone(), fast.hidden_pre.clone()
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 

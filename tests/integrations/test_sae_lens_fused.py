@@ -334,8 +334,17 @@ def test_reading_hidden_pre_after_the_update_is_refused() -> None:
     trainer = fused("topk")
     output = trainer.step(batch(0))
     assert output.feature_acts.sum() > 0
-    with pytest.raises(RuntimeError, match="hidden_pre: expected to be read before"):
+    with pytest.raises(RuntimeError, match="expected .* before"):
         output.hidden_pre.mean()
+
+
+def test_w_enc_in_a_state_dict_is_a_copy_and_loads() -> None:
+    sae = fused("topk").sae
+    before, stored = sae.W_enc.detach().clone(), sae.state_dict()
+    stored["W_enc"].add_(1)
+    assert torch.equal(sae.W_enc, before)
+    sae.load_state_dict(stored)
+    assert torch.equal(sae.W_enc, before + 1) and sae.W_enc.T.is_contiguous()
 
 
 def test_a_gradient_that_is_not_finite_writes_nothing() -> None:

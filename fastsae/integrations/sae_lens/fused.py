@@ -33,7 +33,7 @@ from fastsae.integrations.sae_lens.methods import (
     PROVEN,
     inherited,
     instead_of,
-    replaced,
+    replacements,
 )
 from fastsae.optim import Adam
 
@@ -47,7 +47,7 @@ class Fast:
     W_enc: nn.Parameter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        check_version("sae-lens", PROVEN, force=bool(replaced))
+        check_version("sae-lens", PROVEN, force=bool(replacements.owners))
         super().__init__(*args, **kwargs)
 
     def latents_in_a_row(self) -> Tensor:
@@ -111,8 +111,8 @@ class RowAdam(Adam):
 
     @contextmanager
     def whole_step(self) -> Iterator[None]:
-        """Inside, gradients of W_enc belong to its rows; RuntimeError where these are not its own or
-        have gradient hooks.
+        """Inside, gradients of W_enc belong to its rows; RuntimeError where these are not its own,
+        or W_enc or W_dec has gradient hooks.
 
         Outside, the SAE's gradients are as everywhere.
         """
