@@ -9,7 +9,20 @@ import pytest
 import sae_lens
 import torch
 from datasets import Dataset
-from test_sae_lens import TRAINING, D, F, K, Made, N, batch, make, train, trainer_of, training
+from test_sae_lens import (
+    TRAINING,
+    D,
+    F,
+    K,
+    Made,
+    N,
+    batch,
+    make,
+    step_input,
+    train,
+    trainer_of,
+    training,
+)
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -334,8 +347,17 @@ def test_reading_hidden_pre_after_the_update_is_refused() -> None:
     trainer = fused("topk")
     output = trainer.step(batch(0))
     assert output.feature_acts.sum() > 0
-    with pytest.raises(RuntimeError, match="expected .* before"):
+    with pytest.raises(RuntimeError, match=r"expected .* before"):
         output.hidden_pre.mean()
+
+
+def test_hidden_pre_after_a_write_that_nothing_counts() -> None:
+    """The limit that docs/sae_lens.md states: it is of the written W_enc."""
+    sae = fused("topk-plain").sae
+    output = sae.training_forward_pass(step_input(batch(0)))
+    sae.W_enc.data.mul_(2)
+    expected = batch(0) @ sae.W_enc + sae.b_enc
+    torch.testing.assert_close(output.hidden_pre.clone(), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_w_enc_in_a_state_dict_is_a_copy_and_loads() -> None:
