@@ -273,7 +273,12 @@ REFUSED: list[tuple] = [
     (
         "sae_lens",
         edited(weights_of, "cfg.json", normalize_activations="layer_norm"),
-        "normalize_activations: layer_norm of each token: no SAE here does that",
+        "normalize_activations: layer_norm: no SAE here does that",
+    ),
+    (
+        "sae_lens",
+        edited(weights_of, "cfg.json", normalize_activations="covariance_whitening"),
+        "normalize_activations: covariance_whitening: no SAE here does that",
     ),
     ("fastsae", native(b_dec=torch.full((D,), math.inf)), "b_dec: expected finite .*, got inf"),
     ("fastsae", native(input_scale=torch.tensor(0.0)), "input_scale: expected a number above 0"),
@@ -305,7 +310,7 @@ REFUSED: list[tuple] = [
     (
         "llamascopium",
         lambda folder: llamascopium(folder, "relu", norm_activation="token-wise"),
-        "norm_activation: token-wise of each token: no SAE here does that",
+        "norm_activation: token-wise: no SAE here does that",
     ),
     (
         "llama_scope",

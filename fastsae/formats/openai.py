@@ -44,5 +44,5 @@ def _rule(state: dict[str, Any], normalized: bool) -> Selection:
     after = field(own, "postact_fn", str, "ReLU")
     if after != "ReLU":
         raise ValueError(f"postact_fn: expected ReLU, got {after[:60]!r}")
-    refuse_normalization("TopK: normalisation", normalized)
+    refuse_normalization("TopK: normalisation of each token", normalized)
     return TopK(field(own, "k", int))

@@ -156,6 +156,6 @@ def refuse_normalization(what: str, normalized: bool) -> None:
     """ValueError: an SAE of activations that no factor normalises, unless the caller does that."""
     if not normalized:
         raise ValueError(
-            f"{what} of each token: no SAE here does that; with normalized (--normalized) the SAE "
+            f"{what}: no SAE here does that; with normalized (--normalized) the SAE "
             "of already normalised activations is read"
         )

@@ -102,6 +102,10 @@ class Lazy(Tensor):
         return func(*args, **kwargs)
 
 
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
+
+
 class LazyFunction(Function):
     """Its backward, for whoever used the matrix itself, makes it once more."""
 
@@ -109,9 +113,18 @@ class LazyFunction(Function):
     def forward(ctx, make, shape, codes, *inputs):
         ctx.save_for_backward(*inputs)
         ctx.make, ctx.shape = make, shape
-        constants = [t.detach() for t in inputs]
-        state = _State(lambda: make(*constants).view(shape), codes)
-        return Lazy(state, shape, inputs[0], inputs[0].dtype)
+        constants = [t.detach() for t in inputs]  # which count writes together with the inputs
+        versions = [_version(t) for t in constants]
+
+        def unchanged() -> Tensor:
+            if [_version(t) for t in constants] != versions:
+                raise RuntimeError(
+                    "a matrix that fastsae left out: expected its first use before activations or "
+                    "weights that it is made of are written to, got a later one"
+                )
+            return make(*constants).view(shape)
+
+        return Lazy(_State(unchanged, codes), shape, inputs[0], inputs[0].dtype)
 
     @staticmethod
     @once_differentiable
@@ -128,7 +141,11 @@ class LazyFunction(Function):
 
 
 def lazy(make: Make, shape: torch.Size, *inputs: Tensor, codes: Codes | None = None) -> Lazy:
-    """A matrix of this shape that is make(*inputs), of dtype and device of the first input."""
+    """A matrix of this shape that is make(*inputs), of dtype and device of the first input.
+
+    RuntimeError at its first use if inputs were written to before; a write through `.data` is not
+    seen.
+    """
     constant = None
     if codes is not None:
         constant = Codes(codes.vals.detach(), codes.idx, codes.n_latents, codes.row_ptr)
@@ -169,14 +186,17 @@ def _sum(
     codes = of.codes
     if codes is None or keepdim or not dim or len(dim) != 1 or of.dtype == torch.bool:
         return None
-    axis, vals = dim[0] % of.ndim, codes.vals.reshape(-1).to(dtype or of.dtype)
+    axis, dtype = dim[0] % of.ndim, dtype or of.dtype
+    if axis != of.ndim - 1 and of.ndim != 2:
+        return None
+    vals = codes.vals.reshape(-1).to(dtype)
+    if dtype in (torch.bfloat16, torch.float16):
+        vals = vals.float()  # torch, too, rounds only the sum
     if axis == of.ndim - 1:
         sums = vals.new_zeros(codes.n_tokens).index_add_(0, codes.token_ids(), vals)
-        return sums.view(of.shape[:-1])
-    if of.ndim != 2:
-        return None
+        return sums.to(dtype).view(of.shape[:-1])
     latents = codes.idx.reshape(-1).clamp(min=0).long()  # padding adds 0
-    return vals.new_zeros(codes.n_latents).index_add_(0, latents, vals)
+    return vals.new_zeros(codes.n_latents).index_add_(0, latents, vals).to(dtype)
 
 
 SHORT_CUTS: dict[Any, Callable[..., Tensor | None]] = {

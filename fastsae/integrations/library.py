@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any
+
+Replacement = tuple[Any, str, Any]
+"""A module or class, the name of an attribute of its own, and what takes its place."""
 
 
 def check_version(distribution: str, proven: tuple[str, ...], force: bool) -> None:
@@ -17,32 +21,68 @@ def check_version(distribution: str, proven: tuple[str, ...], force: bool) -> No
         )
 
 
-class Accelerated:
-    """Attributes of a library that are replaced until `restore`, or the end of a `with`.
+class Replacements:
+    """Attributes of one library that stay replaced while somebody wants it, from any thread."""
 
-    replacements: (a module or class, the name of an attribute of its own, what takes its place).
-    RuntimeError, before anything is replaced, where an attribute is fastsae's already.
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.owners: set[Accelerated] = set()
+        self.settings: dict[str, Any] = {}
+        self.originals: dict[tuple[Any, str], Any] = {}
+        self.ours: dict[tuple[Any, str], Any] = {}
+
+    def add_owner(self, make: Callable[[], Iterable[Replacement]], **settings: Any) -> Accelerated:
+        """Replaces what `make` returns if nothing is replaced yet.
+
+        settings: what `make` depends on; RuntimeError where others are in force.
+        """
+        with self.lock:
+            if self.owners and settings != self.settings:
+                raise RuntimeError(
+                    f"accelerate: expected {_listed(self.settings)}, which is in force until its "
+                    f"restore(), got {_listed(settings)}"
+                )
+            if not self.owners:
+                self.ours = {(where, name): ours for where, name, ours in make()}
+                self.originals = {(where, name): vars(where)[name] for where, name in self.ours}
+                self.settings = settings
+                for (where, name), ours in self.ours.items():
+                    setattr(where, name, ours)
+            owner = Accelerated(self)
+            self.owners.add(owner)
+            return owner
+
+    def remove_owner(self, owner: Accelerated) -> None:
+        """The last one puts back what nobody else has replaced since."""
+        with self.lock:
+            self.owners.discard(owner)
+            if self.owners:
+                return
+            for (where, name), original in self.originals.items():
+                if vars(where).get(name) is self.ours[where, name]:
+                    setattr(where, name, original)
+            self.originals, self.ours = {}, {}
+
+
+class Accelerated:
+    """Keeps a library accelerated until `restore`, or the end of a `with`.
+
+    Where several do, the last one's restore puts everything back.
     """
 
-    def __init__(self, replacements: Iterable[tuple[Any, str, Any]]) -> None:
-        replacements = list(replacements)
-        self.originals = [(owner, name, vars(owner)[name]) for owner, name, _ in replacements]
-        for owner, name, original in self.originals:
-            if getattr(original, "__module__", "").startswith("fastsae."):
-                raise RuntimeError(
-                    f"{owner.__name__}.{name}: expected the library's own, got fastsae's; "
-                    "restore() that first"
-                )
-        for owner, name, replacement in replacements:
-            setattr(owner, name, replacement)
+    def __init__(self, replacements: Replacements) -> None:
+        self.replacements = replacements
 
     def restore(self) -> None:
-        """Puts everything back; a second call does nothing."""
-        while self.originals:
-            setattr(*self.originals.pop())
+        """A second call does nothing."""
+        self.replacements.remove_owner(self)
 
     def __enter__(self) -> Accelerated:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.restore()
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -6,6 +6,7 @@ Results are compared with SAELens's own in float64: the error is at most that of
 import copy
 import importlib.metadata
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformer_lens import HookedTransformerConfig
 
 from fastsae.integrations.lazy import Lazy
 from fastsae.integrations.sae_lens import FastTopKTrainingSAE, accelerate, patch, restore
-from fastsae.integrations.sae_lens.methods import METHODS, replaced
+from fastsae.integrations.sae_lens.methods import METHODS, replacements
 
 N, D, F, K = 259, 24, 640, 8
 COMMON = {"d_in": D, "d_sae": F}
@@ -535,8 +536,21 @@ def test_hooks(kind: str, name: str) -> None:
         seen.clear()
     assert found[0][-1].shape == found[1][-1].shape
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
-    if name.startswith("acts") and kind == "training":  # SAELens's own path
+    if name == "input" or (name.startswith("acts") and kind == "training"):  # SAELens's own path
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [*INFERENCE, *TRAINING])
+def test_input_hooks_run_once_whatever_comes(kind: str) -> None:
+    sae = inference(kind) if kind in INFERENCE else make(kind)
+    calls = []
+    x = batch(0)
+    with accelerate(), sae.hooks(fwd_hooks=[("hook_sae_input", lambda t, hook: calls.append(0))]):
+        for given in (x, 50 * x, x.index_fill(0, torch.tensor(3), torch.nan)):
+            for call in (sae, sae.encode):
+                calls.clear()
+                call(given)
+                assert len(calls) == 1
 
 
 def test_backward_hooks_and_caches() -> None:
@@ -702,11 +716,11 @@ def test_restore_restores_everything() -> None:
     accelerate()
     changed = {name for name, f in methods().items() if before[name] is not f}
     assert changed == {(o.__name__, name) for o, name, _ in (*METHODS, *patch.TRAINER_METHODS)}
-    accelerate()  # twice is once
-    restore()
+    accelerate()
+    restore()  # of both
     after = methods()
     assert before.keys() == after.keys() and all(before[n] is after[n] for n in before)
-    assert not replaced
+    assert not replacements.owners and not replacements.originals
     restore()
 
 
@@ -722,6 +736,57 @@ def test_blocks() -> None:
     with accelerate():
         pass
     assert methods() != before
+
+
+def test_the_last_of_several_restores() -> None:
+    before = methods()
+    first, second = accelerate(), accelerate()
+    first.restore(), first.restore()
+    assert methods() != before
+    second.restore()
+    assert methods() == before
+    restore()
+    early = accelerate()
+    restore()
+    late = accelerate()
+    early.restore()
+    assert methods() != before
+    late.restore()
+    assert methods() == before
+
+
+def test_blocks_of_threads_that_overlap() -> None:
+    """Whichever ends first, it is on until both have ended."""
+    before = methods()
+    inside, done = threading.Event(), threading.Event()
+
+    def block() -> None:
+        with accelerate():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=block)
+    with accelerate():
+        thread.start()
+        assert inside.wait(10)
+    assert methods() != before
+    done.set()
+    thread.join()
+    assert methods() == before
+
+
+def test_what_others_replaced_since_stays() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x
+
+    before, original = methods(), sae_lens.SAE.forward
+    try:
+        with accelerate():
+            sae_lens.SAE.forward = forward
+        assert sae_lens.SAE.forward is forward
+    finally:
+        sae_lens.SAE.forward = original
+    assert methods() == before
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,12 +143,13 @@ def test_watching_its_gradient_is_refused() -> None:
             watch()
 
 
-def test_stays_what_it_was_after_the_update() -> None:
+@pytest.mark.parametrize("of", [lambda p: p, lambda p: p.data], ids=["parameter", "data"])
+def test_stays_what_it_was_after_the_update(of: Callable[[Tensor], Tensor]) -> None:
     sae, eager, fast = outputs()
     expected = eager.feature_acts.clone(), eager.hidden_pre.clone()
     with torch.no_grad():
         for p in sae.parameters():
-            p.add_(1)
+            of(p).add_(1)
     got = fast.feature_acts.clone(), fast.hidden_pre.clone()
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -159,6 +160,24 @@ def test_padding_is_nothing() -> None:
     assert acts.bool().float().sum(0).tolist() == [1, 0, 1, 0]
     assert acts.sum(-1).tolist() == [3, 0]
     assert acts.tolist() == [[1, 0, 2, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_sums_of_16_bits_are_rounded_once(dtype: torch.dtype, dim: int) -> None:
+    """As torch's: one by one, in 16 bits, a count ends at 256 or 2048."""
+    vals = torch.rand(3000, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    idx = torch.zeros(3000, 1, dtype=torch.int32)
+    if dim:
+        vals, idx = vals.T, torch.arange(3000, dtype=torch.int32)[None]
+    codes = Codes(vals, idx, 3000 if dim else 1)
+    acts = lazy_codes(codes, torch.Size([1, 3000] if dim else [3000, 1]))
+    dense = codes.to_dense()
+    for kind in (lambda t: t.bool().to(dtype), lambda t: t.to(dtype)):
+        got, expected = kind(acts).sum(dim), kind(dense).sum(dim)
+        assert got.dtype == dtype and float(expected.max()) > 2500
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(acts.sum(dim, dtype=dtype), dense.sum(dim, dtype=dtype))
 
 
 def test_three_dimensions() -> None:

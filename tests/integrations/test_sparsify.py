@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -476,6 +477,54 @@ def test_a_coder_in_bfloat16_and_tokens_in_bfloat16() -> None:
         assert_within_eager(ours.sae_out, theirs.sae_out, exact.sae_out)
 
 
+@configs
+@pytest.mark.parametrize("dead", [False, True], ids=["alive", "dead"])
+def test_dtypes_are_theirs(name: str, dead: bool) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        sae = coder(name, dtype=dtype)
+        inputs = batch(sae) if dead else batch(sae) | {"dead_mask": None}
+        for variance in (None, torch.tensor(7.0), torch.tensor(7.0, dtype=torch.float64)):
+            with torch.no_grad():
+                theirs = sae(**inputs, total_variance=variance)
+                with fast.accelerate():
+                    ours = sae(**inputs, total_variance=variance)
+            assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+            for field in ("fvu", "auxk_loss", "multi_topk_fvu"):
+                a, b = getattr(ours, field), getattr(theirs, field)
+                torch.testing.assert_close(a, b, rtol=0.05, atol=1e-5)
+
+
+@configs
+@levels
+def test_under_autocast_on_a_cpu_it_is_the_library(name: str, fused: bool) -> None:
+    sae = coder(name)
+    inputs = batch(sae)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        theirs, encoded = sae(**inputs), sae.encode(inputs["x"])
+        decoded = sae.decode(*encoded[:2])
+        with fast.accelerate(fused=fused):
+            ours, got = sae(**inputs), sae.encode(inputs["x"])
+            ours_decoded = sae.decode(*got[:2])
+    for a, b in zip((*ours, *got, ours_decoded), (*theirs, *encoded, decoded), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changed", ["x", "weight", "bias", "b_dec"])
+def test_pre_acts_of_what_was_written_to_are_refused(changed: str) -> None:
+    sae, x = coder("topk"), randn(N, D)
+    expected = sae.encode(x).pre_acts.detach()
+    written = {"x": x, "weight": sae.encoder.weight, "bias": sae.encoder.bias, "b_dec": sae.b_dec}
+    with fast.accelerate():
+        early, late = sae.encode(x).pre_acts, sae.encode(x).pre_acts
+        torch.testing.assert_close(early.detach() * 1, expected)
+        with torch.no_grad():
+            written[changed].add_(1)
+            torch.testing.assert_close(early.detach() * 1, expected)  # it is made
+            with pytest.raises(RuntimeError, match="expected its first use before activations"):
+                late.sum()
+
+
 def test_a_coder_without_a_decoder_encodes() -> None:
     sae = SparseCoder(D, SparseCoderConfig(num_latents=F, k=K), decoder=False)
     x = randn(N, D)
@@ -504,8 +553,9 @@ def test_restore_puts_everything_back() -> None:
     originals = [vars(owner)[name] for owner, name in REPLACED]
     acceleration = fast.accelerate()
     assert all(vars(o)[n] is not old for (o, n), old in zip(REPLACED, originals, strict=True))
-    with pytest.raises(RuntimeError, match=r"expected the library's own, got fastsae's"):
-        fast.accelerate(fused=False)
+    for other in ({"fused": False}, {"parity": True}):
+        with pytest.raises(RuntimeError, match=r"expected parity=False, fused=True, which .* got"):
+            fast.accelerate(**other)
     acceleration.restore()
     assert [vars(owner)[name] for owner, name in REPLACED] == originals
     acceleration.restore()
@@ -514,6 +564,70 @@ def test_restore_puts_everything_back() -> None:
         assert changed == [True] * 4 + [False] * 5
         raise KeyError
     assert [vars(owner)[name] for owner, name in REPLACED] == originals
+
+
+def test_the_last_owner_restores() -> None:
+    originals = [vars(owner)[name] for owner, name in REPLACED]
+
+    def replaced() -> list[bool]:
+        return [vars(o)[n] is not old for (o, n), old in zip(REPLACED, originals, strict=True)]
+
+    first, second = fast.accelerate(), fast.accelerate()
+    first.restore()
+    first.restore()
+    assert all(replaced())
+    with fast.accelerate():
+        second.restore()
+        assert all(replaced())
+    assert not any(replaced())
+
+
+def test_many_threads_leave_the_library_as_it_was() -> None:
+    originals = [vars(owner)[name] for owner, name in REPLACED]
+
+    def work(_: int) -> bool:
+        with fast.accelerate():
+            return all(
+                vars(o)[n] is not old for (o, n), old in zip(REPLACED, originals, strict=True)
+            )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(200)))
+    assert [vars(owner)[name] for owner, name in REPLACED] == originals
+
+
+def test_restore_keeps_what_others_put_in_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = SparseCoder.encode
+    monkeypatch.setattr(SparseCoder, "forward", SparseCoder.forward)  # so that it ends as it was
+    acceleration = fast.accelerate()
+    other = SparseCoder.forward = lambda self, x: x  # type: ignore[method-assign]
+    acceleration.restore()
+    assert SparseCoder.forward is other and SparseCoder.encode is encode
+
+
+def test_methods_of_a_subclass_or_of_one_coder_are_called() -> None:
+    class Louder(SparseCoder):
+        def encode(self, x: Tensor) -> EncoderOutput:
+            acts, ids, pre_acts = super().encode(x)
+            return EncoderOutput(2 * acts, ids, pre_acts)
+
+    class Shifted(SparseCoder):
+        def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
+            return super().decode(top_acts, top_indices) + 1
+
+    louder, shifted, tripled = coder("topk"), coder("topk"), coder("topk")
+    louder.__class__, shifted.__class__ = Louder, Shifted
+    tripled.decode = lambda *given: 3 * SparseCoder.decode(tripled, *given)  # type: ignore[method-assign]
+    for sae in (louder, shifted, tripled):
+        inputs = batch(sae) | {"total_variance": torch.tensor(7.0)}
+        theirs, expected = step(sae, **inputs)
+        with fast.accelerate(parity=True):
+            ours, got = step(sae, **inputs)
+        for field in ("sae_out", "fvu", "auxk_loss"):
+            a, b = getattr(ours, field), getattr(theirs, field)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        for key, gradient in expected.items():
+            torch.testing.assert_close(got[key], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_other_versions_are_refused_unless_forced(monkeypatch: pytest.MonkeyPatch) -> None:

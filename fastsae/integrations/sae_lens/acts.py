@@ -57,13 +57,8 @@ class Source(NamedTuple):
 
     def matrix(self, shape: torch.Size) -> Lazy:
         """All of them, made if somebody looks."""
-        version = _version(self.rows)
 
         def make(x: Tensor, rows: Tensor, b_enc: Tensor, *scale: Tensor) -> Tensor:
-            if _version(rows) != version:
-                raise RuntimeError(
-                    "hidden_pre: expected to be read before the weights change, got a later read"
-                )
             h = x @ rows.T + b_enc
             return (h * scale[0]).to(h.dtype) if scale else h
 
@@ -71,10 +66,6 @@ class Source(NamedTuple):
         hidden_pre = lazy(make, shape, *inputs, *([] if self.scale is None else [self.scale]))
         hidden_pre.origin = self
         return hidden_pre
-
-
-def _version(t: Tensor) -> int | None:
-    return None if t.is_inference() else t._version
 
 
 def scaled(pairs: Codes, scale: Tensor | None, dtype: torch.dtype) -> Codes:

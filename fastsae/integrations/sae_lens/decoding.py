@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fastsae import ops
 from fastsae.blocked import row_norms
 from fastsae.codes import Codes
 from fastsae.integrations.lazy import Lazy
-from fastsae.integrations.sae_lens.acts import Source, computable, pairs_of, source_of
+from fastsae.integrations.sae_lens.acts import Source, computable, pairs_of, scaled, source_of
 from fastsae.integrations.sae_lens.encoding import Method
 from fastsae.ops.backend import resolve
 from fastsae.ops.encoding import EncodeFunction
@@ -57,16 +58,12 @@ def _nonzeros(sae: Any, acts: Tensor) -> Codes | None:
         return None
     if int(matrix.count_nonzero()) > pair_limit(len(matrix), d_sae):
         return None
-    token, latent = matrix.nonzero(as_tuple=True)
-    vals, idx = matrix[token, latent], latent.to(torch.int32)
-    row_ptr = torch.zeros(len(matrix) + 1, dtype=torch.int64, device=acts.device)
-    row_ptr[1:] = token.bincount(minlength=len(matrix)).cumsum(0)
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        if len(idx) < d_sae and not (torch.is_grad_enabled() and sae.W_dec.requires_grad):
-            vals = vals / row_norms(sae.W_dec[latent])
-        else:
-            vals = vals * ops.of_latents(1 / row_norms(sae.W_dec), idx, row_ptr)
-    return Codes(vals, idx, d_sae, row_ptr)
+    codes = Codes.from_dense(matrix)
+    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return codes
+    if len(codes.idx) < d_sae and not (torch.is_grad_enabled() and sae.W_dec.requires_grad):
+        return replace(codes, vals=codes.vals / row_norms(sae.W_dec[codes.idx.long()]))
+    return scaled(codes, 1 / row_norms(sae.W_dec), codes.vals.dtype)
 
 
 # ---- AuxK ----

@@ -43,6 +43,8 @@ class Encoded(NamedTuple):
 
 def _encoded(sae: Any, x: Tensor, choose: Choose) -> Encoded | None:
     """The pairs of x (…, D); None where SAELens's own way is the better or the only one."""
+    if hooked(sae.hook_sae_input):
+        return None  # else its hooks would run twice where this ends with None below
     n_tokens = x.numel() // sae.cfg.d_in
     rows = latent_rows(sae, n_tokens)
     if rows is None or not x.is_floating_point():

@@ -33,7 +33,7 @@ from fastsae.integrations.sae_lens.methods import (
     PROVEN,
     inherited,
     instead_of,
-    replaced,
+    replacements,
 )
 from fastsae.optim import Adam
 
@@ -47,7 +47,7 @@ class Fast:
     W_enc: nn.Parameter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        check_version("sae-lens", PROVEN, force=bool(replaced))
+        check_version("sae-lens", PROVEN, force=bool(replacements.owners))
         super().__init__(*args, **kwargs)
 
     def latents_in_a_row(self) -> Tensor:
@@ -111,7 +111,8 @@ class RowAdam(Adam):
 
     @contextmanager
     def whole_step(self) -> Iterator[None]:
-        """Inside, gradients of W_enc belong to its rows; RuntimeError where these are not its own.
+        """Inside, gradients of W_enc belong to its rows; RuntimeError where these are not its own,
+        or W_enc or W_dec has gradient hooks.
 
         Outside, the SAE's gradients are as everywhere.
         """
@@ -120,8 +121,16 @@ class RowAdam(Adam):
                 "W_enc: expected the memory that the trainer was made with, got other; move or "
                 "replace it before the trainer is made"
             )
+        for name in ("W_enc", "W_dec"):
+            p = getattr(self.sae, name)
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                raise RuntimeError(
+                    f"{name}: expected no gradient hooks, got some; a fused step makes no gradient "
+                    "of it, and a trainer of SAELens's own classes does"
+                )
         self.zero_grad()
         self.sae.W_enc.grad = None
+        self.rows.requires_grad_(self.sae.W_enc.requires_grad)
         object.__setattr__(self.sae, "bound_rows", self.rows)  # not a parameter of its own
         try:
             yield
@@ -203,6 +212,7 @@ def _train_step(original: Method, trainer: Any, sae: Any, sae_in: Tensor) -> Tra
             output = sae.training_forward_pass(step_input=step_input)
         with torch.no_grad():
             fired = output.feature_acts.bool().float().sum(0)
+            fired = fired.to_dense() if fired.is_sparse else fired  # use_sparse_activations
         output.loss.backward()
         trainer.optimizer.step()
     trainer.n_forward_passes_since_fired += 1

@@ -16,6 +16,7 @@ from sae_lens.saes import (
 )
 from sae_lens.saes.sae import SAE, TrainingSAE
 
+from fastsae.integrations.library import Replacements
 from fastsae.integrations.sae_lens import decoding, encoding
 from fastsae.integrations.sae_lens.acts import coverable, leaving_out
 from fastsae.integrations.sae_lens.encoding import Method
@@ -85,8 +86,8 @@ COVERED = (
 )
 """SAEs of other classes, which share some of the methods, keep them."""
 
-replaced: dict[tuple[type, str], Any] = {}
-"""What the classes had before `accelerate`."""
+replacements = Replacements()
+"""What the classes had before `accelerate`, and have instead."""
 
 
 def instead_of(original: Method, stand_in: Method) -> Method:
@@ -108,4 +109,4 @@ def instead_of(original: Method, stand_in: Method) -> Method:
 def inherited(cls: type, name: str) -> Method:
     """SAELens's own method of this name, accelerated or not."""
     owner = next(c for c in cls.__mro__ if name in c.__dict__)
-    return replaced.get((owner, name), owner.__dict__[name])
+    return replacements.originals.get((owner, name), owner.__dict__[name])

@@ -48,23 +48,29 @@ def forward(
 
     if total_variance is None:
         total_variance = (y - y.mean(0)).pow(2).sum()
+
+    def share_of_variance(square: Tensor) -> Tensor:
+        share = square / total_variance
+        narrow = torch.promote_types(y.dtype, coder.dtype)  # of the library's squares
+        return share.to(torch.promote_types(narrow, total_variance.dtype))
+
     encoder = _encoder(coder)
     vals, idx = codes(x, *encoder, cfg.k, cfg.activation, parity)
     sse, error, out = error_of(vals, idx, b_dec, y_wide if skip is None else y_wide - skip)
     assert out is not None
     out = out if skip is None else out + skip
 
-    auxk_loss = multi_topk_fvu = sse.new_zeros(())
+    auxk_loss = multi_topk_fvu = W_dec.new_zeros(())
     if dead_mask is not None and (n_dead := int(dead_mask.sum())) > 0:
         k_aux = y.shape[-1] // 2
         latents = dead_mask.nonzero()[:, 0].to(torch.int32)
         acts, ids = ops.encode(x, *encoder, k=min(k_aux, n_dead), latents=latents)
         square = error_of(detached(acts), ids, None, -error.detach())[0]
-        auxk_loss = min(n_dead / k_aux, 1.0) * square / total_variance
+        auxk_loss = share_of_variance(min(n_dead / k_aux, 1.0) * square)
     if cfg.multi_topk:  # replaces the outputs, too, and leaves the skip connection out
         vals, idx = codes(x, *encoder, 4 * cfg.k, "topk", parity)
         square, _, out = error_of(detached(vals), idx, b_dec, y_wide)
-        multi_topk_fvu = square / total_variance
+        multi_topk_fvu = share_of_variance(square)
         assert out is not None
     out, vals = out.to(coder.dtype), vals.to(coder.dtype)
-    return ForwardOutput(out, vals, idx, sse / total_variance, auxk_loss, multi_topk_fvu)
+    return ForwardOutput(out, vals, idx, share_of_variance(sse), auxk_loss, multi_topk_fvu)

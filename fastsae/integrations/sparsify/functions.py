@@ -29,8 +29,9 @@ def fused_encoder(
     """The k latents of (input - pre_bias) @ weightᵀ + bias that the activation selects.
 
     input (…, D), weight (F, D), bias (F), pre_bias (D); top_acts (…, k), top_indices (…, k) int64.
-    pre_acts (…, F), after the ReLU, are computed when something uses them, of the weights as they
-    are then. parity: as `accelerate`. ValueError for numbers that are not finite.
+    pre_acts (…, F), after the ReLU, are computed when something uses them; RuntimeError if input or
+    weights were written to before. parity: as `accelerate`. ValueError for numbers that are not
+    finite.
     """
     tokens, shape = input.reshape(-1, input.shape[-1]), input.shape[:-1]
     vals, idx = codes(tokens, weight, bias, pre_bias, k, activation, parity)
