@@ -35,10 +35,12 @@ from fastsae.train import TrainConfig, Trainer
 
 MEMORY_SHAPE = (2048, 384, 262144, 32)
 CHILD = """
-import resource, sys
+import sys
+from pathlib import Path
 from fastsae.cli import main
 main(sys.argv[1:])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+lines = Path("/proc/self/status").read_text().splitlines()
+print("peak", next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
 """
 
 

@@ -106,8 +106,8 @@ class Codes:
         place = self.token_ids() * self.n_latents + idx.clamp(min=0)
         vals = self.vals.reshape(-1).where(idx >= 0, 0)
         dense = vals.new_zeros(self.n_tokens * self.n_latents)
-        if len(dense):
-            dense.scatter_add_(0, place, vals)  # padding adds 0 to latent 0
+        n = len(vals) if len(dense) else 0  # without latents there is none that padding adds 0 to
+        dense.scatter_add_(0, place[:n], vals[:n])
         return dense.view(self.n_tokens, self.n_latents)
 
     def to_sparse_csr(self) -> Tensor:

@@ -14,10 +14,12 @@ from fastsae.train import TrainConfig
 
 N, D, F = 256, 128, 65536
 RUN = """
-import json, resource, sys
+import sys
+from pathlib import Path
 from fastsae.cli import main
 main(sys.argv[1:])
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
 """
 CASES = {
     "adam": {},
