@@ -294,6 +294,18 @@ def test_what_a_fused_step_would_pass_by_is_refused() -> None:
     trainer.update(1, x)
 
 
+@trainers
+def test_autocast_does_not_change_a_step(name: str) -> None:
+    a, b = (make(TRAINERS[name][1], name) for _ in range(2))
+    for step, x in enumerate(batches(8)):
+        a.update(step, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            b.update(step, x)
+    assert a.dead_features
+    for p, q in zip(parameters(a), parameters(b), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_weight_decay_is_refused_also_from_a_file() -> None:
     trainer, (x,) = make(fast.FastTopKTrainer, "topk"), batches(1)
     trainer.update(0, x)

@@ -34,9 +34,12 @@ def _rows(p: nn.Parameter, transposed: bool) -> Tensor:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a call of this layer is a product and nothing else."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks
-    hooks += layer._backward_hooks, layer._backward_pre_hooks
-    return type(layer) is nn.Linear and not any(hooks)
+    return type(layer) is nn.Linear and not (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
 
 
 class Sparse(dictionary.Dictionary):
@@ -75,12 +78,15 @@ class Sparse(dictionary.Dictionary):
 
     # ---- what is left to the library; in a trace of nnsight x is no tensor ----
 
-    def _takes(self, x: Any, layer: str) -> bool:
-        """Whether the kernels give what the library's layer would give for x."""
-        if not (isinstance(x, Tensor) and x.ndim and self.is_plain(layer)):
+    def _takes(self, x: Any) -> bool:
+        """Whether the kernels give what the library's layers would give for x."""
+        if not isinstance(x, Tensor):
             return False
         return (
-            torch.promote_types(x.dtype, self.b_dec.dtype) == self.b_dec.dtype
+            x.ndim > 0
+            and self.is_plain("encoder")
+            and self.is_plain("decoder")
+            and torch.promote_types(x.dtype, self.b_dec.dtype) == self.b_dec.dtype
             and not torch.is_autocast_enabled(x.device.type)
             and not torch._C._are_functorch_transforms_active()
             and not nn.modules.module._has_any_global_hook()
@@ -88,7 +94,7 @@ class Sparse(dictionary.Dictionary):
 
     def _encodes(self, x: Any) -> bool:
         """As _takes; one token is encoded as fast by a dense product."""
-        return self._takes(x, "encoder") and x.numel() > x.shape[-1]
+        return self._takes(x) and x.numel() > x.shape[-1]
 
     def is_plain(self, name: str) -> bool:
         """Whether a method or layer is as in this module: not overridden, replaced or hooked."""
@@ -133,7 +139,7 @@ class Sparse(dictionary.Dictionary):
 
     def decode(self, f: Any) -> Any:
         """As the library's; sparse where f is and needs no gradient."""
-        fits = self._takes(f, "decoder") and f.shape[-1] == self.dict_size
+        fits = self._takes(f) and f.shape[-1] == self.dict_size
         fits = fits and f.dtype == self.b_dec.dtype  # others the library refuses
         if fits and not (f.requires_grad and torch.is_grad_enabled()):
             flat = f.reshape(-1, f.shape[-1])
@@ -143,7 +149,7 @@ class Sparse(dictionary.Dictionary):
 
     def forward(self, x: Any, output_features: bool = False) -> Any:
         """As the library's: x̂ (…, D), or x̂ and the dense features (…, F)."""
-        whole = all(self.is_plain(name) for name in ("encode", "decode", "decoder"))
+        whole = self.is_plain("encode") and self.is_plain("decode")
         codes = self.codes(x, self.use_threshold) if whole and self._encodes(x) else None
         if codes is None:
             return super().forward(x, output_features)
