@@ -32,16 +32,6 @@ def _rows(p: nn.Parameter, transposed: bool) -> Tensor:
     return p.T if transposed else p
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a call of this layer is a product and nothing else."""
-    return type(layer) is nn.Linear and not (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    )
-
-
 class Sparse(dictionary.Dictionary):
     """What the dictionaries share: theirs where the work is dense by nature or by its outputs."""
 
@@ -80,10 +70,9 @@ class Sparse(dictionary.Dictionary):
 
     def _takes(self, x: Any) -> bool:
         """Whether the kernels give what the library's layers would give for x."""
-        if not isinstance(x, Tensor):
-            return False
         return (
-            x.ndim > 0
+            isinstance(x, Tensor)
+            and x.ndim > 0
             and self.is_plain("encoder")
             and self.is_plain("decoder")
             and torch.promote_types(x.dtype, self.b_dec.dtype) == self.b_dec.dtype
@@ -99,9 +88,11 @@ class Sparse(dictionary.Dictionary):
     def is_plain(self, name: str) -> bool:
         """Whether a method or layer is as in this module: not overridden, replaced or hooked."""
         own = getattr(self, name, None)
-        if own is None or isinstance(own, nn.Module):
-            return own is None or _is_plain(own)
-        return getattr(own, "__module__", None) == __name__
+        if isinstance(own, nn.Module):
+            hooks = [own._forward_hooks, own._forward_pre_hooks]
+            hooks += [own._backward_hooks, own._backward_pre_hooks]
+            return type(own) is nn.Linear and not any(hooks)
+        return own is None or getattr(own, "__module__", None) == __name__
 
     # ---- codes, of leading dimensions flattened ----
 
