@@ -143,8 +143,8 @@ class LazyFunction(Function):
 def lazy(make: Make, shape: torch.Size, *inputs: Tensor, codes: Codes | None = None) -> Lazy:
     """A matrix of this shape that is make(*inputs), of dtype and device of the first input.
 
-    RuntimeError at its first use if inputs were written to before; a write through `.data` is not
-    seen.
+    RuntimeError at its first use if inputs were written to before; writes that torch does not
+    count, through `.data` or to inference tensors, are not seen.
     """
     constant = None
     if codes is not None:

@@ -221,6 +221,106 @@ def test_a_step_that_cannot_be_taken_changes_nothing(name: str) -> None:
         assert torch.equal(value, before[key])
 
 
+def frozen(trainer: Any, part: str) -> list[Tensor]:
+    """Freezes W_enc and b_enc, or b_dec."""
+    ae = trainer.ae
+    if part == "b_dec":
+        found = [ae.b_dec]
+    elif isinstance(ae, MatryoshkaBatchTopKSAE):
+        found = [ae.W_enc, ae.b_enc]
+    else:
+        found = list(ae.encoder.requires_grad_(False).parameters())
+    return [p.requires_grad_(False) for p in found]
+
+
+@trainers
+@pytest.mark.parametrize("part", ["encoder", "b_dec"])
+def test_what_is_frozen_stays_and_the_rest_is_trained_as_theirs(name: str, part: str) -> None:
+    theirs, ours = (make(cls, name) for cls in TRAINERS[name][:2])
+    for trainer in (theirs, ours):
+        parts = frozen(trainer, part)
+        before = []
+        for step, x in enumerate(batches(6)):
+            trainer.update(step, x)
+            before = before or [p.detach().clone() for p in parts]  # step 0 moves b_dec
+        assert all(torch.equal(p, q) for p, q in zip(parts, before, strict=True))
+        for p in parts:
+            p.requires_grad_(True)
+        trainer.update(6, batches(1, seed=3)[0])
+        assert not any(torch.equal(p, q) for p, q in zip(parts, before, strict=True))
+    for p, q in zip(parameters(theirs), parameters(ours), strict=True):
+        torch.testing.assert_close(q, p, rtol=0, atol=1e-5)
+
+
+@trainers
+def test_a_frozen_decoder_stays(name: str) -> None:
+    """Which the library's trainers cannot have."""
+    trainer = make(TRAINERS[name][1], name)
+    decoder = parameters(trainer)[2]
+    (trainer.ae.W_dec if name == "matryoshka" else trainer.ae.decoder.weight).requires_grad_(False)
+    with torch.no_grad():
+        decoder.mul_(2)
+    before = [p.detach().clone() for p in parameters(trainer)]
+    for step, x in enumerate(batches(2)):
+        trainer.update(step, x)
+    moved = [not torch.equal(p, q) for p, q in zip(parameters(trainer), before, strict=True)]
+    assert moved == [True, True, False, True]
+
+
+def test_what_a_fused_step_would_pass_by_is_refused() -> None:
+    trainer, (x,) = make(fast.FastTopKTrainer, "topk"), batches(1)
+    trainer.update(0, x)
+    ae, before = trainer.ae, copy.deepcopy(trainer.ae.state_dict())
+
+    def refused(what: str, step: Callable[..., Any] = trainer.update) -> None:
+        with pytest.raises((RuntimeError, ValueError), match=what):
+            step(1, x)
+
+    weight = ae.decoder.weight
+    for register in (weight.register_hook, weight.register_post_accumulate_grad_hook):
+        handle = register(lambda _: None)
+        refused(r"ae\.decoder\.weight: expected no gradient hooks, got some")
+        trainer.loss(x, 1).backward()  # which makes that gradient
+        handle.remove()
+    handle = ae.encoder.register_forward_hook(lambda *_: None)
+    refused(r"ae\.encoder: expected fastsae's own without hooks")
+    refused(r"ae\.encoder: expected", lambda step, x: trainer.loss(x, step))
+    handle.remove()
+    ae.decode = lambda f: f
+    refused(r"ae\.decode: expected fastsae's own")
+    del ae.decode
+    for key, value in ae.state_dict().items():
+        assert torch.equal(value, before[key])
+    trainer.update(1, x)
+
+
+@trainers
+def test_autocast_does_not_change_a_step(name: str) -> None:
+    a, b = (make(TRAINERS[name][1], name) for _ in range(2))
+    for step, x in enumerate(batches(8)):
+        a.update(step, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            b.update(step, x)
+    assert a.dead_features
+    for p, q in zip(parameters(a), parameters(b), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_weight_decay_is_refused_also_from_a_file() -> None:
+    trainer, (x,) = make(fast.FastTopKTrainer, "topk"), batches(1)
+    trainer.update(0, x)
+    state = trainer.optimizer.state_dict()
+    state["param_groups"][0]["weight_decay"] = 0.1
+    trainer.optimizer.load_state_dict(state)
+    before = copy.deepcopy(trainer.ae.state_dict())
+    with pytest.raises(ValueError, match=r"weight_decay: expected 0, got 0\.1, which would be dec"):
+        trainer.update(1, x)
+    for key, value in trainer.ae.state_dict().items():
+        assert torch.equal(value, before[key])
+    trainer.optimizer.param_groups[0]["weight_decay"] = 0
+    trainer.update(1, x)
+
+
 def test_the_trainer_follows_parameters_that_move() -> None:
     """load_state_dict(assign=True) replaces the parameters and their layout."""
     theirs, ours = (make(cls, "topk") for cls in TRAINERS["topk"][:2])
@@ -387,6 +487,80 @@ def test_what_is_dense_is_left_to_the_library(name: str) -> None:
         assert (a.encode(x) != 0).float().mean() > 0.05
         with torch.no_grad():
             assert torch.equal(b.decode(a.encode(x)), a.decode(a.encode(x)))
+
+
+def overridden(ae: Any, own: str) -> Any:
+    base = type(ae)
+    if own == "encode":
+        ae.__class__ = type("Own", (base,), {"encode": lambda *given: 2 * base.encode(*given)})
+    elif own == "decode":
+        ae.__class__ = type("Own", (base,), {"decode": lambda *given: 1 + base.decode(*given)})
+    else:
+        ae.decode = lambda f: 3 * base.decode(ae, f)
+    return ae
+
+
+@dictionaries
+@pytest.mark.parametrize("own", ["encode", "decode", "attribute"])
+def test_forward_calls_what_a_subclass_or_an_object_overrides(name: str, own: str) -> None:
+    x = tokens(30)
+    plain = pair(name)[0](x)
+    theirs, ours = (overridden(ae, own)(x, output_features=True) for ae in pair(name))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours[0] - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("layer", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_hooks_and_replaced_layers_are_seen(name: str, layer: str) -> None:
+    x, seen, outputs = tokens(30), [], []
+
+    def double(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        seen.append(module)
+        return 2 * output
+
+    for ae in pair(name):
+        handle = getattr(ae, layer).register_forward_hook(double)
+        outputs.append((ae(x), ae.encode(x), ae.decode(ae.encode(x).detach())))
+        handle.remove()
+        setattr(ae, layer, torch.nn.Sequential(getattr(ae, layer), torch.nn.Tanh()))
+        outputs[-1] += (ae(x),)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    assert len(seen) == 2 * (3 if layer == "encoder" else 2)
+
+
+@dictionaries
+def test_what_they_refuse_to_decode_is_refused(name: str) -> None:
+    a, b = pair(name)
+    f = a.encode(tokens(30)).detach()
+    for wrong in (f[:, : F // 2], f.bfloat16(), f.double(), f.int()):
+        for ae in (a, b):
+            with pytest.raises(RuntimeError):
+                ae.decode(wrong)
+
+
+@dictionaries
+def test_autocast_transforms_and_thresholds_of_nan_are_the_library(name: str) -> None:
+    a, b = pair(name)
+    x = tokens(30)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for call in (
+            lambda ae: ae(x),
+            lambda ae: ae.encode(x),
+            lambda ae: ae.decode(a.encode(x)),
+        ):
+            assert call(a).dtype == call(b).dtype
+            assert torch.equal(call(a), call(b))
+    if name in ("topk", "jumprelu", "jumprelu-centred"):  # others want two dimensions
+        rows = torch.func.vmap(lambda t: b(t))(x[:, None])
+        torch.testing.assert_close(rows[:, 0], a(x), rtol=1e-5, atol=1e-5)
+    jacobians = [torch.func.jacrev(lambda t, ae=ae: ae(t).sum(0))(x[:2]) for ae in (a, b)]
+    assert torch.equal(*jacobians)
+    if name != "topk":  # its forward has no threshold
+        for ae in (a, b):
+            ae.threshold.data.fill_(torch.nan)
+        assert torch.equal(b.encode(x), a.encode(x)) and not b.encode(x).any()
+        assert torch.equal(b(x), a(x))
 
 
 @dictionaries

@@ -32,11 +32,6 @@ def _rows(p: nn.Parameter, transposed: bool) -> Tensor:
     return p.T if transposed else p
 
 
-def _many(x: Any) -> bool:
-    """Whether x holds tokens, and more than the one that a dense product encodes as fast."""
-    return isinstance(x, Tensor) and x.numel() > x.shape[-1]
-
-
 class Sparse(dictionary.Dictionary):
     """What the dictionaries share: theirs where the work is dense by nature or by its outputs."""
 
@@ -71,6 +66,34 @@ class Sparse(dictionary.Dictionary):
             return [W_enc, self.encoder.bias, W_dec, self.b_dec]
         return [_rows(self.W_enc, True), self.b_enc, _rows(self.W_dec, False), self.b_dec]
 
+    # ---- what is left to the library; in a trace of nnsight x is no tensor ----
+
+    def _takes(self, x: Any) -> bool:
+        """Whether the kernels give what the library's layers would give for x."""
+        return (
+            isinstance(x, Tensor)
+            and x.ndim > 0
+            and self.is_plain("encoder")
+            and self.is_plain("decoder")
+            and torch.promote_types(x.dtype, self.b_dec.dtype) == self.b_dec.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch._C._are_functorch_transforms_active()
+            and not nn.modules.module._has_any_global_hook()
+        )
+
+    def _encodes(self, x: Any) -> bool:
+        """As _takes; one token is encoded as fast by a dense product."""
+        return self._takes(x) and x.numel() > x.shape[-1]
+
+    def is_plain(self, name: str) -> bool:
+        """Whether a method or layer is as in this module: not overridden, replaced or hooked."""
+        own = getattr(self, name, None)
+        if isinstance(own, nn.Module):
+            hooks = [own._forward_hooks, own._forward_pre_hooks]
+            hooks += [own._backward_hooks, own._backward_pre_hooks]
+            return type(own) is nn.Linear and not any(hooks)
+        return own is None or getattr(own, "__module__", None) == __name__
+
     # ---- codes, of leading dimensions flattened ----
 
     def choose(self, x: Tensor, rows: Rows) -> Codes:
@@ -81,8 +104,8 @@ class Sparse(dictionary.Dictionary):
         """The codes of x (…, D); None where they are too dense."""
         if not use_threshold:
             return self.choose(x, self.rows())
-        if self.threshold < 0:
-            return None  # not learned yet: every positive pre-activation passes
+        if not self.threshold >= 0:
+            return None  # not learned yet: every positive pre-activation passes; NaN: none
         return self.above(x, self.threshold, self.b_dec)
 
     def above(self, x: Tensor, thresholds: Tensor, pre_bias: Tensor | None) -> Codes | None:
@@ -98,16 +121,18 @@ class Sparse(dictionary.Dictionary):
             return None
         return Codes(vals, idx, f, row_ptr)
 
-    # ---- what the library's users call; in a trace of nnsight x is no tensor ----
+    # ---- what the library's users call ----
 
     def features(self, x: Any, use_threshold: bool) -> Tensor | None:
         """The dense features (…, F) of x (…, D), or None where the library must make them."""
-        codes = self.codes(x, use_threshold) if _many(x) else None
+        codes = self.codes(x, use_threshold) if self._encodes(x) else None
         return None if codes is None else self._dense(codes, x)
 
     def decode(self, f: Any) -> Any:
         """As the library's; sparse where f is and needs no gradient."""
-        if isinstance(f, Tensor) and not (f.requires_grad and torch.is_grad_enabled()):
+        fits = self._takes(f) and f.shape[-1] == self.dict_size
+        fits = fits and f.dtype == self.b_dec.dtype  # others the library refuses
+        if fits and not (f.requires_grad and torch.is_grad_enabled()):
             flat = f.reshape(-1, f.shape[-1])
             if int(flat.count_nonzero()) <= pair_limit(*flat.shape):
                 return self._decode(Codes.from_dense(flat), f)
@@ -115,7 +140,8 @@ class Sparse(dictionary.Dictionary):
 
     def forward(self, x: Any, output_features: bool = False) -> Any:
         """As the library's: x̂ (…, D), or x̂ and the dense features (…, F)."""
-        codes = self.codes(x, self.use_threshold) if _many(x) else None
+        whole = self.is_plain("encode") and self.is_plain("decode")
+        codes = self.codes(x, self.use_threshold) if whole and self._encodes(x) else None
         if codes is None:
             return super().forward(x, output_features)
         x_hat = self._decode(codes, x)
@@ -200,6 +226,8 @@ class JumpReluAutoEncoder(Sparse, dictionary.JumpReluAutoEncoder):
 
     def codes(self, x: Tensor, use_threshold: bool) -> Codes | None:
         pre_bias = self.b_dec if self.apply_b_dec_to_input else None
+        if bool(self.threshold.isnan().any()):
+            return None
         return self.above(x, self.threshold.clamp(min=0), pre_bias)
 
     def encode(self, x: Any, output_pre_jump: bool = False) -> Any:

@@ -66,8 +66,13 @@ class FusedTrainer(SAETrainer):
         self.scheduler = LambdaLR(self.optimizer, schedule)
 
     def update(self, step: int, x: Tensor) -> float:
-        """One step; returns the loss before it. FloatingPointError for a gradient that is not
-        finite, ValueError for such activations or weights; then no weight has changed."""
+        """One step; returns the loss before it.
+
+        FloatingPointError for a gradient that is not finite, ValueError for such activations or
+        weights and for weight decay, RuntimeError for hooks that the step would pass by; then no
+        weight has changed.
+        """
+        self._refuse_what_is_passed_by()
         if step == 0:
             median = top_k.geometric_median(x)
             if not bool(median.isfinite().all()):  # also where a token is the median of the others
@@ -75,11 +80,13 @@ class FusedTrainer(SAETrainer):
             self.ae.b_dec.data.copy_(median)
         for leaf, p in zip(self.leaves, self.ae.rows(), strict=True):
             leaf.data = p.detach()  # the dictionary's memory may be another one since
+            leaf.requires_grad_(p.requires_grad)
         self.optimizer.zero_grad()
         loss = self._log(self.leaves, x.to(self.device), step, False).losses["loss"]
         loss.backward()
         self.optimizer.step()
-        if step == 0:  # Adam leaves the rows alone that nothing has touched yet
+        # Adam leaves the rows alone that nothing has touched yet.
+        if step == 0 and self.leaves[2].requires_grad:
             ops.normalize_rows_(self.leaves[2])
         self.scheduler.step()
         return loss.item()
@@ -94,7 +101,27 @@ class FusedTrainer(SAETrainer):
             return log.losses["loss"]
         return log._replace(losses={name: v.item() for name, v in log.losses.items()})
 
+    def _refuse_what_is_passed_by(self) -> None:
+        for name, p in self.ae.named_parameters():
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                raise RuntimeError(
+                    f"ae.{name}: expected no gradient hooks, got some, and a fused step makes no "
+                    "such gradient; the library's trainer does"
+                )
+        decay = max(group["weight_decay"] for group in self.optimizer.param_groups)
+        if decay:
+            raise ValueError(
+                f"weight_decay: expected 0, got {decay}, which would be decoupled here and part of "
+                "the gradient in the library's Adam"
+            )
+
     def _log(self, rows: Rows, x: Tensor, step: Any, dense: bool) -> LossLog:
+        for name in ("encode", "decode", "encoder", "decoder"):
+            if not self.ae.is_plain(name):
+                raise RuntimeError(
+                    f"ae.{name}: expected fastsae's own without hooks, got another, which a fused "
+                    "step would pass by; the library's trainer calls it"
+                )
         W_dec, b_dec = rows[2:]
         x = x.to(torch.promote_types(b_dec.dtype, torch.float32))
         codes = self.ae.choose(x, rows)
