@@ -141,10 +141,7 @@ def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
     _check_facts(folder / "training.json", facts, trainer)
     if step_of(folder) not in (facts["step"], None):
         raise ValueError(f"{folder / 'training.json'}: step: expected that of the folder's name")
-    try:
-        config = SAEConfig.from_dict(read_json(folder / "config.json"))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    config = SAEConfig.read(folder / "config.json")
     if config != trainer.sae.config:
         differing = _differing(trainer.sae.config.to_dict(), config.to_dict())
         raise ValueError(f"{folder / 'config.json'}: {differing}")
@@ -259,15 +256,11 @@ def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     optimizer = trainer.optimizer
     kept = not isinstance(optimizer, Adam)  # torch's keeps the tensors that it is given
     names = {id(p): name for name, p in trainer.sae.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    places = {names[id(p)]: place for place, p in enumerate(parameters)}
     state: dict[int, dict[str, Any]] = {}
-    n = 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            prefix = f"{names[id(p)]}/"
-            for name, t in tensors.items():
-                key = name.removeprefix(prefix)
-                if not name.startswith(prefix) or key == "ema":
-                    continue
-                state.setdefault(n, {})[key] = t.clone() if kept else t
-            n += 1
+    for name, t in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        if parameter in places and key != "ema":
+            state.setdefault(places[parameter], {})[key] = t.clone() if kept else t
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

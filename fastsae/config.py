@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from fastsae import losses
+from fastsae.files import read_json
 from fastsae.selection import Selection, TopK
 
 DTYPES = {
@@ -111,6 +113,15 @@ class SAEConfig:
             raise ValueError(f"config: expected a field {error}, got none") from None
         except TypeError as error:
             raise ValueError(f"config: {error}") from None
+
+    @classmethod
+    def read(cls, path: Path) -> SAEConfig:
+        """The configuration in a JSON file. ValueError names the file and what is wrong with it."""
+        data = read_json(path)
+        try:
+            return cls.from_dict(data)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastsae import losses, ops
 from fastsae.codes import Codes
 from fastsae.config import B_DEC_STARTS, DTYPES, SAEConfig
-from fastsae.files import read_json, sync_folder, write_json
+from fastsae.files import sync_folder, write_json
 from fastsae.selection import Call, Selected, State, TopK
 from fastsae.selection.base import Terms
 from fastsae.sums import row_norms, total
@@ -495,11 +495,7 @@ class SAE(nn.Module):
         for name in ("config.json", "sae.safetensors"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: expected a file {name}, got none")
-        data = read_json(folder / "config.json")
-        try:
-            config = SAEConfig.from_dict(data)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        config = SAEConfig.read(folder / "config.json")
         tensors = read_tensors(folder / "sae.safetensors")
         shape = (config.d_sae, config.d_out or config.d_in)
         if "W_dec" in tensors and tuple(tensors["W_dec"].shape) != shape:  # before F×D is allocated
