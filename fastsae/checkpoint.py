@@ -26,7 +26,7 @@ from fastsae.config import SAEConfig
 from fastsae.files import read_json, sync_folder, write_json
 from fastsae.optim import Adam
 from fastsae.sae import SAE
-from fastsae.tensors import read_tensors, write_tensors
+from fastsae.tensors import own_rows, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from fastsae.train import Trainer
@@ -63,12 +63,21 @@ def save(trainer: Trainer, run: Path, *, keep: int, log_bytes: int) -> Path:
     """Writes the trainer's state as the newest checkpoint of a run; keeps the newest `keep`.
 
     A checkpoint of this step that is there already stays as it is. OSError: nothing has changed.
+    Shards write one checkpoint together, and any number of them can go on from it.
     """
     folder = run / f"step-{trainer.step_count}"
+    shards = trainer.sae.shards
     run.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(run)
-    if latest(run) != folder:
+    there = latest(run) == folder
+    if shards is not None:
+        there = not shards.any(not there)  # asked by all before the first one changes it
+    if shards is None or shards.first:
+        remove_leftovers(run)
+    if not there:
         _write(trainer, folder, log_bytes)
+    if shards is not None and not shards.first:
+        return folder
+    if not there:
         _link(run, folder)
     steps = [(step_of(f) or 0, f) for f in _steps(run)]
     older = [f for step, f in steps if step < trainer.step_count]
@@ -80,10 +89,15 @@ def save(trainer: Trainer, run: Path, *, keep: int, log_bytes: int) -> Path:
 
 def _write(trainer: Trainer, folder: Path, log_bytes: int) -> None:
     partial = folder.with_name(f"{folder.name}.tmp")
+    shards = trainer.sae.shards
+    if shards is not None:
+        shards.barrier()  # leftovers are removed
     try:
         trainer.sae.save(partial)
         tensors = _tensors(trainer)
-        write_tensors(partial / "training.safetensors", tensors)
+        write_tensors(partial / "training.safetensors", tensors, trainer.sae.part)
+        if shards is not None and not shards.first:
+            return
         more = {"log_bytes": log_bytes, "tensors": sorted(tensors)}
         write_json(partial / "training.json", {**_facts(trainer), **more})
         sync_folder(partial)
@@ -146,9 +160,14 @@ def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
         differing = _differing(trainer.sae.config.to_dict(), config.to_dict())
         raise ValueError(f"{folder / 'config.json'}: {differing}")
     tensors = read_tensors(folder / "training.safetensors")
+    try:
+        tensors = own_rows(tensors, trainer.sae.part)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'training.safetensors'}: {error}") from None
     _check_tensors(folder / "training.safetensors", tensors, facts, trainer)
     try:
-        trainer.sae.load_state_dict(read_tensors(folder / "sae.safetensors"))
+        weights = read_tensors(folder / "sae.safetensors")
+        trainer.sae.load_state_dict(own_rows(weights, trainer.sae.part))
         _load_optimizer(trainer, tensors)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from None

@@ -24,6 +24,10 @@ from fastsae.data import open_source, split
 from fastsae.harvest import HarvestConfig, harvest
 from fastsae.models import load_model
 from fastsae.options import as_arguments, read_options, rule_from, selection_parameters, typed
+from fastsae.sharding import Shards
+
+OF_THE_COMMAND = ("out", "config", "resume", "device", "shard_latents", "data_parallel")
+"""Options of train that a run does not have: it may go on elsewhere, in other processes."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ class Train:
     """Rows held out for the final figures, the same ones for every seed."""
     device: str = "cpu"
     """Where it trains: cpu, cuda, cuda:1 …"""
+    shard_latents: int = 1
+    """Processes that the latents are divided between; torchrun starts them."""
+    data_parallel: int = 1
+    """Copies of each shard that see disjoint tokens: shard_latents times as many processes."""
     train: TrainOptions = TrainOptions()
     """How it is trained."""
 
@@ -118,11 +126,15 @@ class Train:
             multi_topk_coef=self.multi_topk_coef,
         )
         options = {**asdict(self), **asdict(settings), "selection": rule.to_dict()}
-        for name in ("train", "out", "config", "resume", "device"):
+        for name in ("train", *OF_THE_COMMAND):
             del options[name]
         for name in ("data", "target"):  # a run may be resumed from another folder
             options[name] = _absolute(options[name])
         options = json.loads(json.dumps(options))
+        shards, device = None, self.device
+        if self.shard_latents * self.data_parallel != 1 or "WORLD_SIZE" in os.environ:
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+            shards = Shards.connect(self.shard_latents, self.data_parallel, device)
         figures = runs.train(
             config,
             train,
@@ -131,9 +143,11 @@ class Train:
             self.out,
             options,
             resume=self.resume,
-            device=self.device,
+            device=device,
+            shards=shards,
         )
-        finish(figures, self.out)
+        if shards is None or shards.first:
+            finish(figures, self.out)
 
 
 @dataclass(frozen=True)
@@ -154,6 +168,10 @@ class Plan:
     """Of the parameters."""
     bf16_state: bool = False
     """Adam's moments in bfloat16 (on a GPU)."""
+    shard_latents: int = 1
+    """Processes that the latents are divided between."""
+    data_parallel: int = 1
+    """Copies of each shard that see disjoint tokens. The plan is that of one process."""
     memory_gb: float | None = None
     """Memory to fit, in 10⁹ bytes, of a GPU for example; None: what this machine has free."""
     json: bool = False
@@ -169,7 +187,13 @@ class Plan:
             d_out=self.d_out,
             dtype=self.dtype,  # type: ignore[arg-type]
         )
-        found = plan.plan(config, self.train.checked(), bf16_state=self.bf16_state)
+        found = plan.plan(
+            config,
+            self.train.checked(),
+            bf16_state=self.bf16_state,
+            latents=self.shard_latents,
+            data=self.data_parallel,
+        )
         memory = plan.available() if self.memory_gb is None else int(self.memory_gb * 1e9)
         if self.json:
             total = {"memory": found.memory, "available": memory}
@@ -352,8 +376,8 @@ Command = (
 def train_options() -> dict[str, Any]:
     """The types of the options of `fastsae train` by name, those that a file may hold."""
     hints = {**get_type_hints(Train), **get_type_hints(TrainConfig)}
-    own = ("train", "out", "config", "resume")
-    return {name: hint for name, hint in hints.items() if name not in own}
+    own = ("train", *OF_THE_COMMAND)
+    return {name: hint for name, hint in hints.items() if name not in own or name == "device"}
 
 
 def _k_name(selection: str | None) -> str:

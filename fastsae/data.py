@@ -139,9 +139,11 @@ class Source:
             if paired is not None:
                 paired.prefetch(index)
 
-    def batches(self, batch_size: int, seed: int = 0, start: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, seed: int = 0, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
         """``Batches`` of this source."""
-        return Batches(self, batch_size, seed, start)
+        return Batches(self, batch_size, seed, start, part)
 
     def select(self, index: npt.NDArray[np.integer[Any]]) -> Source:
         """The source of rows ``index`` only, in that order: no data is read or copied."""
@@ -262,15 +264,28 @@ class Batches(Iterator[Batch]):
     ``batch_size`` rows; a batch may span any number of epochs. ``rows_seen`` is the position:
     ``Batches(source, batch_size, seed, start=rows_seen)`` goes on with the very next row, and
     also may go on with another batch size. A batch that raises leaves the position as it was.
+
+    part: (i, n) for the i-th of n equal parts of each batch, in its order; others take the others.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int = 0, start: int = 0) -> None:
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
         if source.n_rows == 0:
             raise ValueError(f"{source.name}: expected at least one row to draw from, got none")
         self.source = source
         self.batch_size = _in_range("batch_size", batch_size, 1)
         self.seed = _in_range("seed", seed, 0, 1 << 64)
         self.rows_seen = _in_range("start", start, 0)
+        i, n = part
+        if batch_size % n:
+            raise ValueError(f"batch_size: expected a multiple of {n} parts, got {batch_size}")
+        self._part = slice(i * batch_size // n, (i + 1) * batch_size // n)
         self._epoch = -1  # the epoch that _order belongs to
         self._order = np.empty(0, dtype=np.int64)
         self._rows = self._next_rows()
@@ -292,7 +307,7 @@ class Batches(Iterator[Batch]):
                 self._epoch = epoch
             pieces.append(self._order[offset : offset + end - position])
             position += len(pieces[-1])
-        return np.concatenate(pieces)
+        return np.concatenate(pieces)[self._part]
 
 
 def in_order(source: Source, batch_size: int) -> Iterator[Batch]:

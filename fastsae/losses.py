@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastsae import ops
 from fastsae.codes import Codes
+
+if TYPE_CHECKING:
+    from fastsae.sharding import Shards
 
 AuxK = Literal["dictionary_learning", "openai", "bussmann", "sparsify", "saelens"]
 AUXK: tuple[str, ...] = get_args(AuxK)
@@ -30,6 +33,7 @@ def auxk(
     error: Tensor,
     share: float,
     backend: str | None,
+    shards: Shards | None = None,
 ) -> Tensor:
     """How badly dead latents reconstruct e = y - x̂, what the live ones left (Gao et al. 2024).
 
@@ -51,7 +55,7 @@ def auxk(
     error, sse = error.detach(), sse.detach()
     if variant == "sparsify":
         y = y.detach()
-        variance = _variance(y, y.square().sum(), backend)
+        variance = _variance(y, y.square().sum(), backend, shards)
         return share * error_of(codes, b_dec, -error)[0] / variance
     if variant == "saelens":
         return share * error_of(codes, b_dec, -error)[0] / n_elements
@@ -59,12 +63,19 @@ def auxk(
         aux = error_of(codes, b_dec, b_dec.detach() - error)[0]
     else:
         aux = error_of(codes, None, -error)[0]
-    return aux / _variance(error, sse, backend)
+    return aux / _variance(error, sse, backend, shards)
 
 
-def _variance(rows: Tensor, square_sum: Tensor, backend: str | None) -> Tensor:
-    """Σ‖row - their mean‖²; inf, which leaves no NaN in a gradient, where that is rounding."""
+def _variance(
+    rows: Tensor, square_sum: Tensor, backend: str | None, shards: Shards | None
+) -> Tensor:
+    """Σ‖row - their mean‖²; inf, which leaves no NaN in a gradient, where that is rounding.
+
+    Of ranks with other tokens the mean is that of all tokens, and the sum their mean one.
+    """
     mean = ops.column_sum(rows, backend=backend) / max(len(rows), 1)
+    if shards is not None:
+        mean, square_sum = shards.mean(mean), shards.mean(square_sum)
     variance = square_sum - len(rows) * (mean * mean).sum()
     return variance.where(variance > 1e-5 * square_sum, torch.inf)
 

@@ -43,6 +43,8 @@ class Adam(torch.optim.Optimizer):
     the update (and before clipping), and the row is normalised after it.
     bf16_state: moments are bfloat16, and like bfloat16 parameters rounded up or down at random by
     how near both are, so that small updates are not lost on average; backend "triton" only.
+    sum_over_shards: parameters of which this process holds some rows only, and what sums a 0-d
+    tensor over all processes, for the norm of the whole gradient (`fastsae.sharding`).
 
     With backend "triton" nothing here waits for the device: the step count is a tensor there, and
     with `clip` a gradient that is not finite makes a step that writes nothing, instead of an
@@ -61,6 +63,7 @@ class Adam(torch.optim.Optimizer):
         clip: float | None = None,
         unit_rows: Iterable[Parameter] = (),
         bf16_state: bool = False,
+        sum_over_shards: tuple[Iterable[Tensor], Callable[[Tensor], Tensor]] | None = None,
         backend: str | None = None,
     ) -> None:
         for name, value, top in (
@@ -82,6 +85,9 @@ class Adam(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.lazy, self.clip, self.bf16_state, self.backend = lazy, clip, bf16_state, backend
         self.unit_rows = {id(p) for p in unit_rows}
+        divided, sums = sum_over_shards or ((), None)
+        self.sum: Callable[[Tensor], Tensor] | None = sums
+        self.divided = {id(p) for p in divided}
         owned = [p for group in self.param_groups for p in group["params"]]
         if not self.unit_rows <= {id(p) for p in owned}:
             raise ValueError(
@@ -117,13 +123,20 @@ class Adam(torch.optim.Optimizer):
 
         A 0-d tensor with backend "triton".
         """
-        squares = (
-            ops.gradient_square_norm(
+        square: float | Tensor = 0.0
+        here: float | Tensor = 0.0
+        for p, piece in self._pieces():
+            norm = ops.gradient_square_norm(
                 piece.of(p), piece.dense, piece.gradients, self._is_unit(p), backend=self.backend
             )
-            for p, piece in self._pieces()
-        )
-        square = sum(squares)
+            if id(p) in self.divided:
+                here = here + norm
+            else:
+                square = square + norm
+        if self.sum is not None:
+            there = self.sum(torch.as_tensor(here, dtype=torch.float64))
+            here = there if isinstance(here, Tensor) else float(there)
+        square = square + here
         return square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)
 
     def _is_unit(self, p: Tensor) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fastsae.config import DTYPES, SAEConfig, TrainConfig
+from fastsae.sharding import exchanged
 
 PROCESS = 440 << 20
 """Bytes that Python, torch and the package take without any data."""
@@ -37,17 +38,30 @@ class Plan:
     process: int = PROCESS
     checkpoints: int = 0
     """On the disk: those that are kept, one that is being written, the weights at the end."""
+    exchanged: int = 0
+    """What a process receives from others in a step (`fastsae.sharding.exchanged`)."""
 
     @property
     def memory(self) -> int:
-        """All but the disk."""
+        """All that lies in memory."""
         lasting = self.weights + self.moments + self.gradients + self.average + self.counters
         return lasting + self.step + self.process
 
 
-def plan(config: SAEConfig, train: TrainConfig, *, bf16_state: bool = False) -> Plan:
-    """The plan of a training. bf16_state: moments in bfloat16 (`fastsae.optim.Adam`)."""
-    d_in, d_sae, n = config.d_in, config.d_sae, train.batch_size
+def plan(
+    config: SAEConfig,
+    train: TrainConfig,
+    *,
+    bf16_state: bool = False,
+    latents: int = 1,
+    data: int = 1,
+) -> Plan:
+    """The plan of a training. bf16_state: moments in bfloat16 (`fastsae.optim.Adam`).
+
+    latents, data: of one process of `fastsae.sharding.Shards`, but for the checkpoints, which all
+    write together.
+    """
+    d_in, d_sae, n = config.d_in, -(-config.d_sae // latents), -(-train.batch_size // data)
     d_out = config.d_out or d_in
     elements = d_sae * (d_in + d_out) + (d_sae if config.encoder_bias else 0) + d_out
     elements += d_in * d_out if config.skip else 0
@@ -62,6 +76,7 @@ def plan(config: SAEConfig, train: TrainConfig, *, bf16_state: bool = False) -> 
     moments = kept * elements * item + rows
     average = 0 if train.ema is None else elements * wide
     counters = d_sae * (8 + 4 * len(state))
+    lasting = weights + moments + average + counters
     return Plan(
         weights=weights,
         moments=moments,
@@ -69,7 +84,8 @@ def plan(config: SAEConfig, train: TrainConfig, *, bf16_state: bool = False) -> 
         average=average,
         counters=counters,
         step=(32 << 20) + 8 * n * (d_in + d_out) + 32 * d_sae + 64 * pairs,
-        checkpoints=(train.keep + 1) * (weights + moments + average + counters) + weights,
+        checkpoints=latents * ((train.keep + 1) * lasting + weights),
+        exchanged=round(sum(exchanged(config, train, latents, data).values())),
     )
 
 
@@ -120,6 +136,8 @@ def table(found: Plan, memory: int) -> str:
         ("memory", found.memory, f"{memory / 1e9:,.2f} GB are there"),
         ("disk", found.checkpoints, "checkpoints and the SAE at the end"),
     ]
+    if found.exchanged:
+        lines.append(("network", found.exchanged, "received in a step"))
     rows = [f"{name:18} {size / 1e9:9.3f} GB  {remark}".rstrip() for name, size, remark in lines]
     return "\n".join([*rows, "fits" if found.memory <= memory else "does not fit"])
 

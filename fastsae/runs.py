@@ -26,6 +26,7 @@ from fastsae.log import find_wandb
 from fastsae.report import write_report
 from fastsae.sae import SAE
 from fastsae.selection import Selection
+from fastsae.sharding import Shards
 from fastsae.timing import product_seconds
 from fastsae.train import Trainer, evaluate
 
@@ -83,10 +84,12 @@ def train(
     *,
     resume: bool = False,
     device: str = "cpu",
+    shards: Shards | None = None,
 ) -> dict[str, Any]:
     """Trains, or goes on training, and returns the final figures, which are written, too.
 
-    Where the training was interrupted it returns what `Trainer.run` does.
+    Where the training was interrupted it returns what `Trainer.run` does. shards: of the ranks that
+    train together, all of which call this; the first one writes.
     """
     if resume and (out / "run.json").exists():
         check_same(out, options)
@@ -95,13 +98,21 @@ def train(
     if settings.wandb is not None:
         find_wandb()
     if device == "cpu":
-        plan.check(plan.plan(config, settings), plan.available())
+        if shards is None:
+            plan.check(plan.plan(config, settings), plan.available())
+        else:
+            each = plan.plan(config, settings, latents=shards.n_latent, data=shards.n_data)
+            plan.check(each, plan.available() // shards.n_here)
     held = holdout if holdout.n_rows else None
-    sae = SAE(config, seed=settings.seed, device=device)
+    sae = SAE(config, seed=settings.seed, device=device, shards=shards)
     trainer = Trainer(sae, rows, settings, out=out, holdout=held)
     trainer.resume()
-    out.mkdir(parents=True, exist_ok=True)
-    appear(out / "run.json", lambda partial: write_json(partial, options))
+    first = shards is None or shards.first
+    if shards is not None:
+        shards.barrier()  # what is there was looked at by all
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        appear(out / "run.json", lambda partial: write_json(partial, options))
     try:
         figures: dict[str, Any] = trainer.run()
     except OSError as error:
@@ -113,8 +124,13 @@ def train(
     with trainer.averaged():
         seconds = figures["train_seconds"]
         figures |= final_figures(trainer.sae, rows, holdout, settings, seconds)
-        appear(out / "metrics.json", lambda partial: write_json(partial, figures))
-        write_report(out, trainer.sae, holdout, rows)
+        if shards is not None:
+            figures["ranks"] = shards.n_ranks
+            figures["exchanged_bytes_a_step"] = shards.received() / max(trainer.step_count, 1)
+        if first:
+            appear(out / "metrics.json", lambda partial: write_json(partial, figures))
+        if shards is None:  # a report looks at all latents: `report_run` of what was saved
+            write_report(out, trainer.sae, holdout, rows)
     return figures
 
 
@@ -201,7 +217,8 @@ def print_figures(figures: dict[str, Any], out: Path) -> None:
         if key in figures:
             print(f"{label:20} {form.format(figures[key]):>9}  {remark.format(**figures)}")
     print(f"{'run directory':20} {out}")
-    print(f"{'report':20} {out / 'report.html'}")
+    report = out / "report.html"
+    print(f"{'report':20} {report if report.exists() else f'fastsae report {out}'}")
 
 
 def _l0_of(rule: Selection) -> float:

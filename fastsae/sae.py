@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,18 @@ from fastsae import losses, ops
 from fastsae.codes import Codes
 from fastsae.config import B_DEC_STARTS, DTYPES, SAEConfig
 from fastsae.files import sync_folder, write_json
-from fastsae.selection import Call, Selected, State, TopK
+from fastsae.selection import Call, Selected, Selection, State, TopK
 from fastsae.selection.base import Terms
 from fastsae.sums import row_norms, total
-from fastsae.tensors import read_tensors, write_tensors
+from fastsae.tensors import Part, own_rows, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from fastsae.sharding import Shards
+
+BY_LATENT = ("W_enc", "W_dec", "b_enc", "tokens_since_fired")
+"""The tensors that have a row for each latent."""
+
+_BLOCK_ROWS = 1 << 12  # of random rows that are made at once; a multiple of 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +51,7 @@ class SAEOutput:
     metrics: dict[str, Tensor]
     """"l0", the mean number of active latents a token, and in training "n_dead"."""
     firing_counts: Tensor
-    """(F) integers: in how many tokens each latent is active."""
+    """(F) integers: in how many tokens each latent is active; of this rank's latents and tokens."""
     reconstruction: Tensor | None
     """x̂ in the input's leading shape, (…, D_out); None if not asked for."""
 
@@ -54,6 +62,10 @@ class SAE(nn.Module):
     Parameters: W_enc (F, D), b_enc (F), W_dec (F, D_out), b_dec (D_out), W_skip (D_out, D). The
     decoder starts as random unit rows; an autoencoder's encoder starts as its copy (tied start),
     biases and W_skip at 0. precision and backend are those of `fastsae.ops.encode`.
+
+    shards: the ranks that hold the dictionary together (`fastsae.sharding`). F is then their share
+    of d_sae in this module's tensors, in codes and in firing_counts; losses, reconstructions and
+    metrics are of all latents, and all ranks call the same methods.
     """
 
     W_enc: nn.Parameter
@@ -64,6 +76,8 @@ class SAE(nn.Module):
     input_scale: Tensor
     output_scale: Tensor
     tokens_since_fired: Tensor
+    latents: range
+    """Which of the d_sae latents this module holds; all of them without shards."""
     selection_state: State
     """What the selection rule trains and tracks."""
     progress: float
@@ -77,21 +91,25 @@ class SAE(nn.Module):
         device: torch.device | str | None = None,
         precision: ops.Precision = "screened",
         backend: str | None = None,
+        shards: Shards | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.shards = config, shards
         self.precision, self.backend = precision, backend
-        d_in, d_sae, d_out = config.d_in, config.d_sae, config.d_out or config.d_in
+        if shards is None:
+            self.latents = range(config.d_sae)
+        else:
+            self.latents = shards.own(config.d_sae)
+            _check_sharded(config, len(self.latents))
+        d_in, d_sae, d_out = config.d_in, len(self.latents), config.d_out or config.d_in
         dtype = DTYPES[config.dtype]
         generator = torch.Generator().manual_seed(seed)
 
         def unit_rows(width: int) -> nn.Parameter:
-            if device is not None and torch.device(device).type == "meta":  # a reader has them
-                return nn.Parameter(torch.empty(d_sae, width, dtype=dtype, device=device))
-            rows = torch.randn(d_sae, width, generator=generator)
-            rows = rows.to(torch.promote_types(dtype, torch.float32))
-            ops.normalize_rows_(rows)
-            return nn.Parameter(rows.to(dtype).to(device))
+            rows = torch.empty(d_sae, width, dtype=dtype, device=device)
+            if not rows.is_meta:  # or a reader has them
+                _fill_unit_rows(rows, self.latents, config.d_sae, generator)
+            return nn.Parameter(rows)
 
         self.W_dec = unit_rows(d_out)
         self.W_enc = (
@@ -153,9 +171,14 @@ class SAE(nn.Module):
             gradient=gradient,
             training=self.training,
             progress=self.progress,
+            shards=self.shards,
             precision=self.precision,
             backend=self.backend,
         )
+
+    def everywhere(self, count: Tensor) -> Tensor:
+        """A count over this module's latents → over all."""
+        return count if self.shards is None else self.shards.sum(count)
 
     def encode(
         self, x: Tensor, gradient: Tensor | None = None, *, training: bool | None = None
@@ -174,17 +197,9 @@ class SAE(nn.Module):
 
     def decode(self, codes: Codes, x: Tensor | None = None) -> Tensor:
         """The reconstruction (N, D_out) of codes; a skip connection needs their input x (…, D)."""
-        if codes.n_latents != self.config.d_sae:
-            raise ValueError(f"codes: expected {self.config.d_sae} latents, got {codes.n_latents}")
-        out = ops.decode(
-            codes.vals,
-            codes.idx,
-            self.W_dec,
-            self.b_dec,
-            row_ptr=codes.row_ptr,
-            dtype=torch.promote_types(self.W_dec.dtype, torch.float32),
-            backend=self.backend,
-        )
+        if codes.n_latents != len(self.latents):
+            raise ValueError(f"codes: expected {len(self.latents)} latents, got {codes.n_latents}")
+        out = self._decoded(codes, self.b_dec)
         if self.W_skip is not None:
             if x is None:
                 raise ValueError(
@@ -259,7 +274,8 @@ class SAE(nn.Module):
             else:
                 nested, sse, error = losses.nested_error(self._error, parts, self.b_dec, y)
                 xhat = error + y
-            l0, counts = (codes.vals.detach() != 0).sum() / n, self._firing_counts(codes)
+            l0, counts = (codes.vals.detach() != 0).sum(), self._firing_counts(codes)
+            l0 = self.everywhere(l0) / n
         terms = {"mse": sse / elements}
         loss = terms["mse"]
         if nested is not None:
@@ -272,14 +288,15 @@ class SAE(nn.Module):
         if self.training:
             finite = loss.detach().isfinite()
             is_dead = self._count_fired(counts > 0, len(tokens), finite)
-            metrics["n_dead"] = is_dead.sum()
+            metrics["n_dead"] = self.everywhere(is_dead.sum())
             if c.auxk_coef:  # waits for a GPU: how many are dead decides shapes
                 dead = is_dead
                 if len(tokens):
                     dead = c.selection.revivable(call, selected, is_dead)
-                latents = dead.nonzero()[:, 0].to(torch.int32)
-                if len(latents):
-                    terms["auxk"] = self._auxk(tokens, y, sse, error, latents)
+                n_dead = int(self.everywhere(dead.sum()))
+                if n_dead:
+                    latents = dead.nonzero()[:, 0].to(torch.int32)
+                    terms["auxk"] = self._auxk(tokens, y, sse, error, latents, n_dead)
                     loss = loss + c.auxk_coef * terms["auxk"]
             loss = _with_terms(loss, terms, c.selection.dead_terms(call, is_dead))
             if len(tokens):
@@ -310,6 +327,10 @@ class SAE(nn.Module):
     def _error(
         self, codes: Codes, b_dec: Tensor | None, target: Tensor, reconstruct: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.shards is not None:  # what others decode must come in between
+            xhat = self._decoded(codes, b_dec)
+            error = xhat - target
+            return total(error.square(), backend=self.backend), error, xhat
         return ops.reconstruction_error(
             codes.vals,
             codes.idx,
@@ -321,9 +342,23 @@ class SAE(nn.Module):
             backend=self.backend,
         )
 
+    def _decoded(self, codes: Codes, b_dec: Tensor | None) -> Tensor:
+        """x̂' of all latents (N, D_out), float32 or wider."""
+        shards = self.shards
+        out = ops.decode(
+            codes.vals,
+            codes.idx,
+            self.W_dec,
+            b_dec if shards is None or shards.at_latent == 0 else None,
+            row_ptr=codes.row_ptr,
+            dtype=torch.promote_types(self.W_dec.dtype, torch.float32),
+            backend=self.backend,
+        )
+        return out if shards is None else shards.summed(out)
+
     @torch.no_grad()
     def _firing_counts(self, codes: Codes) -> Tensor:
-        nowhere = self.config.d_sae
+        nowhere = len(self.latents)
         latents = codes.idx.where(codes.vals != 0, nowhere).reshape(-1).long()
         counts = torch.zeros(nowhere + 1, dtype=torch.int32, device=codes.device)
         return counts.index_add_(0, latents, counts.new_ones(()).expand(len(latents)))[:-1]
@@ -344,32 +379,38 @@ class SAE(nn.Module):
     @torch.no_grad()
     def _count_fired(self, fired: Tensor, n_tokens: int, finite: Tensor) -> Tensor:
         """Updates tokens_since_fired with a good batch; returns which latents are dead (F)."""
+        if self.shards is not None:
+            fired, n_tokens = self.shards.fired(fired), n_tokens * self.shards.n_data
         self.tokens_since_fired += n_tokens * finite
         self.tokens_since_fired.masked_fill_(fired & finite, 0)
         return self.tokens_since_fired >= self.config.dead_after
 
-    def _auxk(self, tokens: Tensor, y: Tensor, sse: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+    def _auxk(
+        self, tokens: Tensor, y: Tensor, sse: Tensor, error: Tensor, dead: Tensor, n_dead: int
+    ) -> Tensor:
         c = self.config
         k_aux = c.k_aux or max(1, c.d_in // 2)
         b_enc: Tensor | None = self.b_enc
         lift = None
         if c.auxk in losses.KEEPS_NEGATIVE:  # encode keeps what is positive: all h are lifted
             lift = self._most_negative(tokens, dead)
-            b_enc = lift.expand(c.d_sae) if b_enc is None else self._wide(b_enc) + lift
+            b_enc = lift.expand(len(self.latents)) if b_enc is None else self._wide(b_enc) + lift
+        k = min(k_aux, n_dead)
         vals, idx = ops.encode(
             tokens,
             self.W_enc,
             b_enc,
             self._pre_bias,
-            k=min(k_aux, len(dead)),
+            k=min(k, len(dead)),
             latents=dead,
+            agree=None if self.shards is None else self.shards.best_of_token(k),
             precision=self.precision,
             backend=self.backend,
         )
         vals = vals if lift is None else vals - lift
-        codes, share = Codes(vals, idx, c.d_sae), min(len(dead) / k_aux, 1)
+        codes, share = Codes(vals, idx, len(self.latents)), min(n_dead / k_aux, 1)
         return losses.auxk(
-            c.auxk, self._error, codes, self.b_dec, y, sse, error, share, self.backend
+            c.auxk, self._error, codes, self.b_dec, y, sse, error, share, self.backend, self.shards
         )
 
     @torch.no_grad()
@@ -433,6 +474,9 @@ class SAE(nn.Module):
         elif b_dec == "mean":
             self.b_dec.copy_(_mean(y, self.backend))
         self.config.selection.start_(self._call(self._scaled(x), None))
+        if self.shards is not None:  # that processors differ must not let the ranks drift apart
+            replicated = [t for name, t in self.state_dict().items() if name not in BY_LATENT]
+            self.shards.equalize_(replicated)
 
     @torch.no_grad()
     def fold_scale_(self) -> SAE:
@@ -473,24 +517,46 @@ class SAE(nn.Module):
     # ---- files ----
 
     def save(self, folder: str | Path) -> None:
-        """Writes config.json and sae.safetensors; each appears whole or not at all."""
+        """Writes config.json and sae.safetensors; each appears whole or not at all.
+
+        Shards write one file together, the same that one process would.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights, config = folder / "sae.safetensors", folder / "config.json"
         new_weights, new_config = Path(f"{weights}.tmp"), Path(f"{config}.tmp")
+        first = self.shards is None or self.shards.first
         try:
-            write_tensors(new_weights, self.state_dict())
-            write_json(new_config, self.config.to_dict())
-            os.replace(new_weights, weights)
-            os.replace(new_config, config)
+            write_tensors(new_weights, self.state_dict(), self.part)
+            if first:
+                write_json(new_config, self.config.to_dict())
+                os.replace(new_weights, weights)
+                os.replace(new_config, config)
         finally:
-            new_weights.unlink(missing_ok=True)
-            new_config.unlink(missing_ok=True)
+            if first:
+                new_weights.unlink(missing_ok=True)
+                new_config.unlink(missing_ok=True)
         sync_folder(folder)
 
+    @property
+    def part(self) -> Part | None:
+        """Which rows of a file's tensors are this module's; None: all."""
+        if self.shards is None:
+            return None
+        return Part(BY_LATENT, self.latents, self.config.d_sae, self.shards)
+
     @classmethod
-    def load(cls, folder: str | Path, *, device: torch.device | str | None = None) -> SAE:
-        """The SAE that `save` wrote. ValueError names the file and what is wrong with it."""
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        shards: Shards | None = None,
+    ) -> SAE:
+        """The SAE that `save` wrote. ValueError names the file and what is wrong with it.
+
+        shards: load their part of it, however many wrote it.
+        """
         folder = Path(folder)
         for name in ("config.json", "sae.safetensors"):
             if not (folder / name).is_file():
@@ -503,16 +569,53 @@ class SAE(nn.Module):
             raise ValueError(
                 f"{folder / 'sae.safetensors'}: W_dec: expected shape {shape}, got {found}"
             )
-        sae = cls(config, device="meta").to_empty(device=device or "cpu").eval()
+        sae = cls(config, device="meta", shards=shards).to_empty(device=device or "cpu").eval()
         sae.tokens_since_fired.zero_()
         try:
-            sae.load_state_dict(tensors)
+            sae.load_state_dict(own_rows(tensors, sae.part))
         except RuntimeError as error:
             raise ValueError(f"{folder / 'sae.safetensors'}: {error}") from None
         return sae
 
     def extra_repr(self) -> str:
         return ", ".join(f"{f.name}={getattr(self.config, f.name)}" for f in fields(self.config))
+
+
+def _check_sharded(config: SAEConfig, width: int) -> None:
+    """ValueError: something in the configuration looks at all latents in one process."""
+    rule = config.selection
+    if not rule.sharded or getattr(rule, "nested", None):
+        known = ", ".join(sorted(name for name, r in Selection.rules.items() if r.sharded))
+        nested = " with nested budgets" if rule.sharded else ""
+        raise ValueError(
+            f"selection: expected one of {known}, without nested budgets, on shards, "
+            f"got {rule.name}{nested}"
+        )
+    if config.multi_topk_coef:
+        raise ValueError("multi_topk_coef: expected 0 on shards")
+    if config.auxk in losses.KEEPS_NEGATIVE:
+        raise ValueError(f"auxk: expected a variant with a ReLU on shards, got {config.auxk}")
+    try:
+        rule.check(width)
+    except ValueError as error:
+        raise ValueError(f"a shard has d_sae = {width} latents: {error}") from None
+
+
+def _fill_unit_rows(out: Tensor, latents: range, d_sae: int, generator: torch.Generator) -> None:
+    """Random unit rows of these latents, whoever else makes the others' with this generator.
+
+    Block by block, in the order of one draw of all of them: a generator of torch goes on in a next
+    call where it stopped, but for a last block that is no multiple of 16 long.
+    """
+    starts = list(range(0, d_sae - _BLOCK_ROWS + 1, _BLOCK_ROWS)) or [0]
+    wide = torch.promote_types(out.dtype, torch.float32)
+    for start, stop in zip(starts, [*starts[1:], d_sae], strict=True):
+        rows = torch.randn(stop - start, out.shape[1], generator=generator)
+        first, last = max(start, latents.start), min(stop, latents.stop)
+        if first < last:
+            rows = rows[first - start : last - start].to(wide).contiguous()
+            ops.normalize_rows_(rows)
+            out[first - latents.start : last - latents.start] = rows.to(out.dtype)
 
 
 def _with_terms(loss: Tensor, terms: dict[str, Tensor], more: Terms) -> Tensor:

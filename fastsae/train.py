@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastsae import checkpoint, metrics, ops
 from fastsae.config import TrainConfig
@@ -31,7 +32,8 @@ from fastsae.iterable import IterableSource
 from fastsae.log import RunLog
 from fastsae.optim import Adam
 from fastsae.resample import resample_dead_
-from fastsae.sae import SAE, SAEOutput
+from fastsae.sae import BY_LATENT, SAE, SAEOutput
+from fastsae.sharding import Shards
 
 __all__ = ["TrainConfig", "Trainer", "evaluate"]
 
@@ -41,6 +43,9 @@ class Trainer:
 
     With `out` the run is kept there: log.jsonl grows line by line, checkpoints are written, and the
     weights at the end. holdout: rows that it is evaluated on from time to time.
+
+    An SAE on shards (`fastsae.sharding`) is trained by all its ranks, each with a Trainer of the
+    same arguments: batch_size is that of all of them, and the first one writes what is one file.
     """
 
     def __init__(
@@ -55,7 +60,10 @@ class Trainer:
         for rows in (source, holdout):
             if rows is not None:
                 _check_widths(sae, rows)
+        if sae.shards is not None:
+            _check_sharded(sae.shards, source, config)
         self.sae, self.source, self.config, self.holdout = sae, source, config, holdout
+        self.shards = sae.shards
         self.out = None if out is None else Path(out)
         self.lr = config.lr or 2e-4 / math.sqrt(sae.config.d_sae / 2**14)
         betas = (config.beta1, config.beta2)
@@ -73,6 +81,7 @@ class Trainer:
                 lazy=config.optimizer == "adam-lazy",
                 clip=config.clip,
                 unit_rows=[sae.W_dec] if sae.config.decoder_norm == "unit" else [],
+                sum_over_shards=None if sae.shards is None else (_divided(sae), sae.shards.sum),
                 backend=sae.backend,
             )
         self.ema = None if config.ema is None else EMA(sae, config.ema)
@@ -103,6 +112,8 @@ class Trainer:
     def step(self, batch: Batch) -> SAEOutput:
         """One optimiser step; returns what the SAE made of the batch, or its last part, before it.
 
+        On shards the batch is that of this row of ranks, what they read together.
+
         FloatingPointError: a loss is not finite (on a GPU `all_finite` says so); no weight changes.
         """
         sae, optimizer, config = self.sae, self.optimizer, self.config
@@ -124,7 +135,13 @@ class Trainer:
                     self._diverged(f"expected a finite loss, got {float(output.loss.detach())}")
                 )
             all_finite &= finite
-            (output.loss * (len(part.x) / len(batch.x))).backward()
+            share = len(part.x) / len(batch.x) / (1 if self.shards is None else self.shards.n_data)
+            (output.loss * share).backward()
+        if self.shards is not None:
+            assert isinstance(optimizer, Adam)
+            self.shards.merge_gradients(optimizer, dict(sae.named_parameters()))
+            if self.on_device:
+                all_finite = self.shards.least(all_finite.to(torch.uint8)) > 0
         self.all_finite &= all_finite
         for group in optimizer.param_groups:
             group["lr"] = self.lr * config.lr_factor(self.step_count)
@@ -150,6 +167,13 @@ class Trainer:
     def _moved(self, batch: Batch) -> Batch:
         device = self.sae.W_dec.device
         return Batch(*(None if t is None else t.to(device) for t in batch))  # type: ignore[arg-type]
+
+    def _read(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, on the SAE's device; of shards the tokens of this row of ranks."""
+        batch = next(batches)
+        if self.shards is None:
+            return batch
+        return Batch(*(self.shards.rows(t) for t in self._moved(batch)))  # type: ignore[arg-type]
 
     # ---- the run ----
 
@@ -183,11 +207,22 @@ class Trainer:
         another process trains into it.
         """
         with contextlib.ExitStack() as stack:
-            if self.out is not None:
+            if self.out is not None and self._writes:
                 self._check_new(self.out)
                 stack.enter_context(alone(self.out, "training into"))
                 checkpoint.remove_leftovers(self.out)
-            return self._run(progress, on_step)
+            if self.shards is not None:  # so that the first one's error comes before what it makes
+                self.shards.barrier()
+            return self._run(progress and self._writes, on_step)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes what only one can."""
+        return self.shards is None or self.shards.first
+
+    def _stops(self, stop: threading.Event) -> bool:
+        """Whether a stop was asked for, of any rank: all of them stop before the same step."""
+        return stop.is_set() if self.shards is None else self.shards.any(stop.is_set())
 
     def _check_new(self, out: Path) -> None:
         log = out / "log.jsonl"
@@ -201,12 +236,12 @@ class Trainer:
         config, first_step = self.config, self.step_count
         eval_every = config.eval_every or max(1, config.steps // 10)
         log = RunLog(
-            self.out,
+            self.out if self._writes else None,
             keep_bytes=self.log_bytes,
             steps=config.steps,
             first_step=first_step,
             progress=progress,
-            wandb=config.wandb,
+            wandb=config.wandb if self._writes else None,
             config=self.settings(),
         )
         with log, _stop_requests(self.out is not None) as stop:
@@ -214,14 +249,18 @@ class Trainer:
                 log.write({"config": self.settings(), "engine": self.engine()})
                 with self._timed():
                     self.initialize()
-            batches = self.source.batches(
-                config.batch_size, config.seed, first_step * config.batch_size
-            )
-            while self.step_count < config.steps and not stop.is_set():
+            start = first_step * config.batch_size
+            if self.shards is None:
+                batches = self.source.batches(config.batch_size, config.seed, start)
+            else:
+                part = self.shards.rank, self.shards.n_ranks
+                assert isinstance(self.source, Source)
+                batches = self.source.batches(config.batch_size, config.seed, start, part)
+            while self.step_count < config.steps and not self._stops(stop):
                 line = None
                 with self._timed():
                     with self._not_to_blame():
-                        batch = next(batches)
+                        batch = self._read(batches)
                     output = self.step(batch)
                     last = self.step_count == config.steps
                     if last or self.step_count % config.log_every == 0:
@@ -235,7 +274,7 @@ class Trainer:
                     self.log_bytes = log.n_bytes
                 if self.holdout is not None and (last or self.step_count % eval_every == 0):
                     with self._not_to_blame():
-                        figures = self.evaluate(self.holdout, stop)
+                        figures = self.evaluate(self.holdout, lambda: self._stops(stop))
                     if figures:
                         log.write({"step": self.step_count, "eval": figures})
                 self.log_bytes = log.n_bytes
@@ -270,7 +309,7 @@ class Trainer:
         try:
             yield
         except Exception:
-            if self.out is not None and self.step_count:
+            if self.out is not None and self.step_count and self.shards is None:
                 self.save()
             raise
 
@@ -278,8 +317,8 @@ class Trainer:
         """Within it the SAE has the averaged weights, where the settings ask for an average."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
-    def evaluate(self, source: Source, stop: threading.Event | None = None) -> dict[str, Any]:
-        """`evaluate` of the (averaged) weights; nothing where `stop` is set before it is done."""
+    def evaluate(self, source: Source, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """`evaluate` of the (averaged) weights; nothing where `stop` says so before it is done."""
         with self.averaged():
             return evaluate(self.sae, source, stop=stop)
 
@@ -322,11 +361,11 @@ class Trainer:
         fvu = self._fvu(output, batch)
         return {
             "lr": self.optimizer.param_groups[0]["lr"],
-            "loss": float(output.loss.detach()),
-            **{name: float(value.detach()) for name, value in output.losses.items()},
+            "loss": self._mean(output.loss),
+            **{name: self._mean(value) for name, value in output.losses.items()},
             "fvu": fvu,
             "explained_variance": 1 - fvu,
-            "l0": float(output.metrics["l0"]),
+            "l0": self._mean(output.metrics["l0"]),
             "n_dead": int(output.metrics["n_dead"]),
         }
 
@@ -334,8 +373,12 @@ class Trainer:
         """Of the last part of a batch: its mean squared error ÷ the variance of what it is of."""
         part = _parts(self._moved(batch), self.config.accumulate)[-1]
         y = (part.x if part.target is None else part.target) * self.sae._out_scale
-        variance = float((y - y.mean(0)).square().mean())
-        return float(output.losses["mse"].detach()) / variance if variance else math.nan
+        variance = self._mean((y - y.mean(0)).square().mean())
+        return self._mean(output.losses["mse"]) / variance if variance else math.nan
+
+    def _mean(self, figure: Tensor) -> float:
+        """A figure of this process's tokens; of shards its mean over the ranks with others."""
+        return float(figure.detach() if self.shards is None else self.shards.mean(figure))
 
 
 def _parts(batch: Batch, n: int) -> list[Batch]:
@@ -380,9 +423,32 @@ def _check_widths(sae: SAE, source: Source | IterableSource) -> None:
         )
 
 
+def _check_sharded(shards: Shards, source: Source | IterableSource, config: TrainConfig) -> None:
+    """ValueError: something in the settings wants all latents, or all rows, in one process."""
+    if not isinstance(source, Source):
+        raise ValueError(f"{source.name}: expected rows by number (a tensor or files) on shards")
+    if config.batch_size % shards.n_ranks:
+        raise ValueError(
+            f"batch_size: expected a multiple of {shards.n_ranks} ranks, got {config.batch_size}"
+        )
+    if config.optimizer == "torch-adam":
+        raise ValueError("optimizer: expected adam or adam-lazy on shards, got torch-adam")
+    if config.resample_every:
+        raise ValueError(f"resample_every: expected 0 on shards, got {config.resample_every}")
+
+
+def _divided(sae: SAE) -> list[Tensor]:
+    """The parameters of which a shard has its own rows."""
+    return [p for name, p in sae.named_parameters() if name in BY_LATENT]
+
+
 @torch.no_grad()
 def evaluate(
-    sae: SAE, source: Source, batch_size: int = 4096, *, stop: threading.Event | None = None
+    sae: SAE,
+    source: Source,
+    batch_size: int = 4096,
+    *,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """One pass over a source: fvu, explained_variance, l0, dead_share and firing_frequency.
 
@@ -390,6 +456,7 @@ def evaluate(
     - fvu, l0 the mean number of active latents a row, dead_share the share of latents that no row
     activates. All in the selection rule's form of inference; where that is another one than it is
     trained in, training_fvu and training_l0 are those of the latter, on batches of batch_size.
+    Nothing where `stop`, asked before each batch, says so. On shards all ranks call it.
     """
     _check_widths(sae, source)
     was_training = sae.training
@@ -397,11 +464,11 @@ def evaluate(
     rule = sae.config.selection
     two_forms = rule.has_inference_form and not (rule.needs_gradient and source.gradient is None)
     fvu, training_fvu = metrics.FVU(), metrics.FVU()
-    counts = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=sae.W_dec.device)
+    counts = torch.zeros(len(sae.latents), dtype=torch.int64, device=sae.W_dec.device)
     active = training_active = 0.0
     try:
         for batch in in_order(source, batch_size):
-            if stop is not None and stop.is_set():
+            if stop():
                 return {}
             x, target, gradient = (None if t is None else t.to(counts.device) for t in batch)
             assert x is not None
@@ -414,9 +481,11 @@ def evaluate(
             if two_forms:
                 codes = sae.encode(x, gradient, training=True)
                 training_fvu.update(y, sae.decode(codes, x))
-                training_active += int((codes.vals != 0).sum())
+                training_active += int(sae.everywhere((codes.vals != 0).sum()))
     finally:
         sae.train(was_training)
+    if sae.shards is not None:
+        counts = sae.shards.whole(counts)
     figures = {
         "fvu": fvu.value,
         "explained_variance": fvu.explained_variance,

@@ -1,5 +1,6 @@
 """Encode: the selected values of each token, under a budget for tokens, batch, latents, or none."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,17 +127,26 @@ def _(x, W_enc, b_enc, thresholds, limit, precision, backend):
     return _empty_rows(x, W_enc, torch.library.get_ctx().new_dynamic_size())
 
 
+Agree = Callable[..., tuple[Tensor, ...]]
+"""What was selected → the same with padding for pairs that are not kept (`fastsae.sharding`)."""
+
+
 class EncodeFunction(Function):
-    """The values of the pairs that `select`, a custom op with its arguments, chooses."""
+    """The values of the pairs that `select`, a custom op with its arguments, chooses.
+
+    agree: makes padding of some of them, or None.
+    """
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, pre_bias, backend, select, *arguments):
+    def forward(ctx, x, W_enc, b_enc, pre_bias, backend, agree, select, *arguments):
         xc = x.to(wide_dtype(x.dtype))
         xc = xc if pre_bias is None else xc - pre_bias
         vals, idx, *row_ptr = select(xc, W_enc, b_enc, *arguments, backend)
+        if agree is not None:
+            vals, idx, *row_ptr = agree(vals, idx, *row_ptr)
         ctx.save_for_backward(xc, W_enc, idx, *row_ptr)
         ctx.dtypes = x.dtype, *(None if t is None else t.dtype for t in (b_enc, pre_bias))
-        ctx.backend, ctx.n_constants = backend, 2 + len(arguments)
+        ctx.backend, ctx.n_constants = backend, 3 + len(arguments)
         ctx.mark_non_differentiable(idx, *row_ptr)
         ctx.set_materialize_grads(False)
         return vals, idx, *row_ptr
@@ -201,6 +211,7 @@ def encode(
     absolute: bool = False,
     guide: Tensor | None = None,
     W_dec: Tensor | None = None,
+    agree: Agree | None = None,
     precision: Precision = "screened",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -218,6 +229,8 @@ def encode(
     (bf16 where the CPU multiplies that, else fp32); "fp32", by an fp32 product. The results are the
     same to the bit. "bf16" is another result, that of x - pre_bias and W_enc rounded to bf16 (as
     under autocast); gradients are as without the rounding.
+
+    agree: is given vals and idx, and returns them with padding in the place of pairs to leave out.
     """
     _check_encoder(x, W_enc, b_enc, pre_bias, precision, scale)
     if k < 0:
@@ -231,7 +244,7 @@ def encode(
     scale, guide = _float32(scale), _float32(guide)
     W_dec = None if W_dec is None else W_dec.detach()
     options = (k, latents, scale, absolute, guide, W_dec, precision)
-    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, encode_op, *options)
+    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, agree, encode_op, *options)
 
 
 def encode_groups(
@@ -254,7 +267,9 @@ def encode_groups(
         raise ValueError(f"groups: expected a divisor of F = {len(W_enc)}, got {groups}")
     backend = resolve(backend, x, W_enc, b_enc, pre_bias)
     options = (groups, precision)
-    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, encode_groups_op, *options)
+    return EncodeFunction.apply(
+        x, W_enc, b_enc, pre_bias, backend, None, encode_groups_op, *options
+    )
 
 
 def encode_batch(
@@ -266,6 +281,7 @@ def encode_batch(
     budget: int,
     scale: Tensor | None = None,
     absolute: bool = False,
+    agree: Agree | None = None,
     precision: Precision = "screened",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,7 +296,9 @@ def encode_batch(
         raise ValueError(f"budget: expected at least 0, got {budget}")
     backend = resolve(backend, x, W_enc, b_enc, pre_bias)
     options = (budget, _float32(scale), absolute, precision)
-    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, encode_batch_op, *options)
+    return EncodeFunction.apply(
+        x, W_enc, b_enc, pre_bias, backend, agree, encode_batch_op, *options
+    )
 
 
 def encode_columns(
@@ -304,7 +322,9 @@ def encode_columns(
         raise ValueError(f"budgets: expected shape ({len(W_enc)}), got {tuple(budgets.shape)}")
     backend = resolve(backend, x, W_enc, b_enc, pre_bias)
     options = (budgets, room if len(x) else 0, precision)
-    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, encode_columns_op, *options)
+    return EncodeFunction.apply(
+        x, W_enc, b_enc, pre_bias, backend, None, encode_columns_op, *options
+    )
 
 
 def encode_threshold(
@@ -329,4 +349,6 @@ def encode_threshold(
     thresholds = thresholds.detach().float().expand(len(W_enc)).contiguous()
     backend = resolve(backend, x, W_enc, b_enc, pre_bias)
     options = (thresholds, limit, precision)
-    return EncodeFunction.apply(x, W_enc, b_enc, pre_bias, backend, encode_threshold_op, *options)
+    return EncodeFunction.apply(
+        x, W_enc, b_enc, pre_bias, backend, None, encode_threshold_op, *options
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from fastsae import ops
 from fastsae.codes import Codes
 from fastsae.sums import row_norms
+
+if TYPE_CHECKING:
+    from fastsae.sharding import Shards
 
 Score = Literal["activation", "activation·decoder_norm"]
 
@@ -66,6 +69,9 @@ class Call:
     """Share of the training steps done, for schedules."""
     needs_codes: bool = False
     """Whether the codes are wanted however many they are."""
+    shards: Shards | None = None
+    """Where W_enc is one shard of the latents: what agrees with the others, for rules that are
+    `sharded`. N is then the number of tokens of this rank."""
     precision: ops.Precision = "screened"
     backend: str | None = None
 
@@ -109,6 +115,8 @@ class Selection:
     """Whether `select` chooses by another rule outside of training."""
     needs_gradient: ClassVar[bool] = False
     """Whether training needs Call.gradient."""
+    sharded: ClassVar[bool] = False
+    """Whether `select` and `observe` look at Call.shards."""
     k_name: ClassVar[str | None] = "k"
     """Which parameter says how many latents a token has; None where none does."""
 

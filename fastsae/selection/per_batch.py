@@ -69,8 +69,12 @@ class _BatchBudget:
         if theta is not None:
             pairs = ops.encode_threshold(*call.encoder, thresholds=theta, **call.options)
         else:
-            budget = round(self.pairs_per_token * len(call.x))
-            pairs = ops.encode_batch(*call.encoder, budget=budget, scale=scale, **call.options)
+            shards = call.shards
+            n_tokens = len(call.x) * (1 if shards is None else shards.n_data)
+            budget = round(self.pairs_per_token * n_tokens)
+            agree = None if shards is None else shards.best_of_batch(budget, scale)
+            options = {**call.options, "scale": scale, "agree": agree}
+            pairs = ops.encode_batch(*call.encoder, budget=budget, **options)
         vals, idx, row_ptr = pairs
         return Selected(Codes(vals, idx, len(call.W_enc), row_ptr))
 
@@ -82,6 +86,8 @@ class _BatchBudget:
             scores = scores * scale[codes.idx.clamp(min=0).long()]
         if scores.numel():
             smallest = scores.where(codes.idx >= 0, math.inf).min()
+            if call.shards is not None:
+                smallest = call.shards.least(smallest)
             total, weight = call.state.threshold_total, call.state.threshold_weight
             average_(total, weight, smallest, self.decay, smallest.isfinite())
 
@@ -100,6 +106,7 @@ class BatchTopK(_BatchBudget, Selection):
     """
 
     name: ClassVar[str] = "batchtopk"
+    sharded: ClassVar[bool] = True
     has_inference_form: ClassVar[bool] = True
     k: int
     score: Score = "activation"
@@ -124,6 +131,7 @@ class MutualChoice(_BatchBudget, Selection):
     """
 
     name: ClassVar[str] = "mutual-choice"
+    sharded: ClassVar[bool] = True
     k_name: ClassVar[str | None] = "budget"
     has_inference_form: ClassVar[bool] = True
     budget: float

@@ -36,6 +36,7 @@ class TopK(Selection):
     """
 
     name: ClassVar[str] = "topk"
+    sharded: ClassVar[bool] = True
     k: int
     score: Score = "activation"
     anneal: float = 0.0
@@ -74,7 +75,8 @@ class TopK(Selection):
 
     def select(self, call: Call) -> Selected:
         k, scale = self.k_at(call), score_scale(call, self.score)
-        vals, idx = ops.encode(*call.encoder, k=k, scale=scale, **call.options)
+        agree = None if call.shards is None else call.shards.best_of_token(k, scale)
+        vals, idx = ops.encode(*call.encoder, k=k, scale=scale, agree=agree, **call.options)
         return Selected(Codes(vals, idx, len(call.W_enc)))
 
     def fold_norms_(self, state: Any, norms: Tensor) -> None:
@@ -97,6 +99,7 @@ class AbsTopK(Selection):
     """The k pairs of each token with the largest |h|; the value is h, of either sign (SAELens)."""
 
     name: ClassVar[str] = "abs-topk"
+    sharded: ClassVar[bool] = True
     k: int
 
     def __post_init__(self) -> None:
@@ -106,7 +109,10 @@ class AbsTopK(Selection):
         TopK(self.k).check(d_sae)
 
     def select(self, call: Call) -> Selected:
-        vals, idx = ops.encode(*call.encoder, k=self.k, absolute=True, **call.options)
+        shards = call.shards
+        agree = None if shards is None else shards.best_of_token(self.k, absolute=True)
+        options = {**call.options, "absolute": True, "agree": agree}
+        vals, idx = ops.encode(*call.encoder, k=self.k, **options)
         return Selected(Codes(vals, idx, len(call.W_enc)))
 
 
