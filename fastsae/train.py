@@ -209,14 +209,14 @@ class Trainer:
             wandb=config.wandb,
             config=self.settings(),
         )
-        with log, _stop_requests(self.out is not None) as stop:
+        first_row = first_step * config.batch_size
+        batches = self.source.batches(config.batch_size, config.seed, first_row)
+        stopping = _stop_requests(self.out is not None)
+        with log, stopping as stop, contextlib.closing(batches):
             if first_step == 0:
                 log.write({"config": self.settings(), "engine": self.engine()})
                 with self._timed():
                     self.initialize()
-            batches = self.source.batches(
-                config.batch_size, config.seed, first_step * config.batch_size
-            )
             while self.step_count < config.steps and not stop.is_set():
                 line = None
                 with self._timed():
