@@ -30,6 +30,7 @@ from fastsae.files import alone
 from fastsae.iterable import IterableSource
 from fastsae.log import RunLog
 from fastsae.optim import Adam
+from fastsae.reference import NotFinite
 from fastsae.resample import resample_dead_
 from fastsae.sae import SAE, SAEOutput
 
@@ -87,6 +88,8 @@ class Trainer:
         self.log_bytes = 0
         self.continues = False
         """Whether what is in `out` is this run's own."""
+        self.evaluated: tuple[int, dict[str, Any]] = (-1, {})
+        """The step and the figures of the last evaluation on the rows held out, in this process."""
 
     # ---- one step ----
 
@@ -114,9 +117,7 @@ class Trainer:
         for part in _parts(batch, config.accumulate):
             try:
                 output = sae.losses(*part)
-            except ValueError as error:  # a source has finite rows, so it is the weights
-                if "finite" not in str(error):
-                    raise
+            except NotFinite as error:  # a source has finite rows, so it is the weights
                 raise FloatingPointError(self._diverged(str(error))) from error
             finite = output.loss.detach().isfinite()
             if not self.on_device and not bool(finite):  # a bad step writes nothing
@@ -144,7 +145,9 @@ class Trainer:
         every = config.resample_every
         if every and self.step_count % every == 0:
             seed = config.seed + self.step_count
-            resample_dead_(sae, optimizer, batch.x, batch.target, seed=seed)
+            resample_dead_(
+                sae, optimizer, batch.x, batch.target, seed=seed, parts=config.accumulate
+            )
         return output
 
     def _moved(self, batch: Batch) -> Batch:
@@ -237,6 +240,7 @@ class Trainer:
                     with self._not_to_blame():
                         figures = self.evaluate(self.holdout, stop)
                     if figures:
+                        self.evaluated = self.step_count, figures
                         log.write({"step": self.step_count, "eval": figures})
                 self.log_bytes = log.n_bytes
                 if self.out is not None and self.step_count % config.checkpoint_every == 0:
