@@ -7,7 +7,8 @@ in a process of its own, which is given every batch's rows in shuffled order. Th
 has all the memory there is; the others' may hold --limit-gb of it, the system's cache of the file
 included (a memory cgroup, where this process may make one: it says when it could not), so that a
 file beyond it is read from the disk in every epoch. Printed: median and mean time of a step with
-its reading, and the mean as a multiple of the tensor's.
+its reading, and the mean as a multiple of the tensor's; rows a second that the source gives alone,
+without steps, before and after them, and those that a step on the tensor's rows would need.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from measure import write_json
 from step import machine
 
 from fastsae import SAE, SAEConfig, TopK
-from fastsae.data import open_source
+from fastsae.data import Batches, open_source
 from fastsae.shards import write_index, write_shard
 from fastsae.train import TrainConfig, Trainer
 
@@ -58,6 +59,15 @@ def write_files(folder: Path, rows: int, d: int) -> None:
     os.sync()
 
 
+def forget(path: Path) -> None:
+    """Drops what the system has cached of a file or folder: a process with a limit would be given
+    it for nothing."""
+    for file in [path] if path.is_file() else path.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
 def limit(n_bytes: int) -> tuple[Path, str] | None:
     """A cgroup with a limit; None where none can be made."""
     for root, sign, name in CGROUPS:
@@ -84,6 +94,7 @@ def child(args: argparse.Namespace) -> None:
     trainer = Trainer(SAE(config), source, TrainConfig(steps=10**6, batch_size=args.batch_size))
     trainer.initialize()
     batches = source.batches(args.batch_size)
+    alone = [rows_per_s(batches, args)]
     reading, step = [], []
     for i in range(args.steps + 3):
         start = time.perf_counter()
@@ -93,7 +104,10 @@ def child(args: argparse.Namespace) -> None:
         if i >= 3:
             reading.append(middle - start)
             step.append(time.perf_counter() - start)
+    alone.append(rows_per_s(batches, args))
+    batches.close()
     figures = {
+        "alone_rows_per_s": alone,
         "step_s": statistics.median(step),
         "mean_step_s": statistics.mean(step),
         "read_s": statistics.median(reading),
@@ -102,10 +116,20 @@ def child(args: argparse.Namespace) -> None:
     print(json.dumps(figures))
 
 
+def rows_per_s(batches: Batches, args: argparse.Namespace) -> float:
+    for _ in range(3):
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(args.steps):
+        next(batches)
+    return args.steps * args.batch_size / (time.perf_counter() - start)
+
+
 def measure(kind: str, path: Path, procs: str, args: argparse.Namespace) -> dict[str, Any]:
     own = [str(value) for value in ("--child", kind, path, procs)]
     shape = ["--steps", args.steps, "--batch-size", args.batch_size, "--d-sae", args.d_sae]
     command = [sys.executable, __file__, *own, *map(str, shape)]
+    forget(path)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"source": kind, "error": done.stderr.strip().splitlines()[-1]}
@@ -146,6 +170,7 @@ def main() -> None:
             rows.append(row)
             if "error" not in row:
                 row["of_tensor"] = row["mean_step_s"] / rows[0]["mean_step_s"]
+                row["needed_rows_per_s"] = args.batch_size / rows[0]["mean_step_s"]
             print(row, file=sys.stderr, flush=True)
         if group is not None:
             group[0].rmdir()

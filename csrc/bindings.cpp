@@ -234,13 +234,17 @@ Encoding encoding(const py::object& x, const py::object& w, const py::object& bi
   return a;
 }
 
+[[noreturn]] void not_finite(const std::string& message) {
+  py::set_error(py::module_::import("fastsae.reference").attr("NotFinite"), message.c_str());
+  throw py::error_already_set();
+}
+
 const float* scale_of(const py::object& scale, int64_t n_latents) {
   const View v = optional_view(scale, "scale", "float32", {n_latents});
   for (int64_t i = 0; i < v.cols; ++i)
     if (const float s = v.as<float>()[i]; !(s >= 0 && std::isfinite(s)))
-      throw py::value_error("scale: expected finite numbers of at least 0, got " +
-                            std::string(py::str(py::float_(s))) + " at position " +
-                            std::to_string(i));
+      not_finite("scale: expected finite numbers of at least 0, got " +
+                 std::string(py::str(py::float_(s))) + " at position " + std::to_string(i));
   return v.as<float>();
 }
 
@@ -251,22 +255,21 @@ void raise_if_found(const NonFinite& found) {
     case NonFinite::NOTHING:
       return;
     case NonFinite::TOKEN:
-      throw py::value_error("x" + one + "row " + token);
+      not_finite("x" + one + "row " + token);
     case NonFinite::LATENT:
-      throw py::value_error("W_enc, b_enc" + one + "latent " + latent);
+      not_finite("W_enc, b_enc" + one + "latent " + latent);
     case NonFinite::GUIDE:
-      throw py::value_error("guide" + one + "row " + token);
+      not_finite("guide" + one + "row " + token);
     case NonFinite::DECODER:
-      throw py::value_error("W_dec" + one + "latent " + latent);
+      not_finite("W_dec" + one + "latent " + latent);
     case NonFinite::VALUE:
-      throw py::value_error("expected finite pre-activations, got an overflow at token " + token +
-                            ", latent " + latent);
+      not_finite("expected finite pre-activations, got an overflow at token " + token +
+                 ", latent " + latent);
     case NonFinite::NO_MEMORY:
       throw std::bad_alloc();
     case NonFinite::SCORE:
-      throw py::value_error(
-          "expected finite products of guide and W_dec, got an overflow at token " + token +
-          ", latent " + latent);
+      not_finite("expected finite products of guide and W_dec, got an overflow at token " + token +
+                 ", latent " + latent);
   }
 }
 

@@ -3,8 +3,9 @@
     open_source(spec) ──▶ Source ──split──▶ train, holdout ──▶ Batches (endless, shuffled)
                                                            └─▶ in_order (one pass)
 
-A ``Source`` is rows by number: files are memory-mapped and only the rows asked for are read, so
-they may be larger than RAM. Order is decided apart from storage, by ``permutation``:
+A ``Source`` is rows by number: of files only the rows asked for are read, so they may be larger
+than RAM, and ``Batches`` reads them in a thread while the batch before is trained on. Order is
+decided apart from storage, by ``permutation``:
 
 * Stable: a permutation is made of the raw stream of Philox4x64-10, keyed and counted directly, and
   of a sort of distinct integers. Both are fully specified, so the order is the same in every NumPy
@@ -21,16 +22,18 @@ type), naming the file and, where there is one, the row.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
-import mmap
 import operator
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +41,7 @@ import torch
 from torch import Tensor
 
 from fastsae.contexts import Contexts, sample_contexts, set_contexts
-from fastsae.files import will_need
+from fastsae.files import RowFile
 from fastsae.shards import ActivationSet
 
 RowIndex = npt.NDArray[np.int64]
@@ -49,6 +52,8 @@ _SAMPLE_DIR = Path(__file__).with_name("samples")
 _TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NPY_DTYPES = (np.float16, np.float32, np.float64)
 _NPY_HEADER_BYTES = 16384  # more than the longest header that NumPy itself agrees to read
+
+_AHEAD = 2  # batches of a file that are read and wait, or are being read
 
 # Second word of the Philox key: what a permutation is for, so that the held-out split and the
 # batches made from one seed have nothing to do with each other.
@@ -82,8 +87,9 @@ class Source:
     """``n_rows`` rows of width ``d_in``, perhaps paired with rows of ``target`` and ``gradient``.
 
     Made by ``open_source``. ``gather`` reads rows of the underlying data by number, in the data's
-    own dtype, and ``will_need`` says which will be read next; ``index`` holds the numbers of the
-    rows that belong to this source (None: all).
+    own dtype, and ``will_need``, where the data lie in a file, says which will be read next; both
+    may be called in another thread. ``index`` holds the numbers of the rows that belong to this
+    source (None: all).
     """
 
     name: str
@@ -107,22 +113,39 @@ class Source:
         The result lies where the data lies: on the CPU, or on the device of the tensor.
         ValueError: an index out of range, or a row with a value that is not finite in float32.
         """
-        numbers = self._numbers(index)
-        x = self.gather(numbers).to(torch.float32)
-        finite = torch.isfinite(x)
-        if not finite.all():
-            bad = numbers[~finite.all(dim=1).cpu().numpy()]
+        return self._float32(index, self.gather(self._numbers(index)))
+
+    def batch(self, index: npt.NDArray[np.integer[Any]]) -> Batch:
+        """Rows ``index`` with their targets and gradients."""
+        return self.checked(index, self.stored(index))
+
+    def stored(self, index: npt.NDArray[np.integer[Any]]) -> Batch:
+        """What ``batch`` is made of: the data as they lie there, of their own dtypes, unchecked."""
+        target = None if self.target is None else self.target.stored(index).x
+        gradient = None if self.gradient is None else self.gradient.stored(index).x
+        return Batch(self.gather(self._numbers(index)), target, gradient)
+
+    def checked(self, index: npt.NDArray[np.integer[Any]], stored: Batch) -> Batch:
+        """The batch of rows ``index``, from what is stored of them."""
+        x, target, gradient = stored
+        if self.target is not None and target is not None:
+            target = self.target._float32(index, target)
+        if self.gradient is not None and gradient is not None:
+            gradient = self.gradient._float32(index, gradient)
+        return Batch(self._float32(index, x), target, gradient)
+
+    def _float32(self, index: npt.NDArray[np.integer[Any]], stored: Tensor) -> Tensor:
+        x = stored.to(torch.float32)
+        # NumPy's takes a twentieth of the time of torch's, which makes tensors on its way.
+        all_finite = np.isfinite(x.numpy()).all() if x.device.type == "cpu" else x.isfinite().all()
+        if not all_finite:
+            numbers = self._numbers(index)
+            bad = numbers[~x.isfinite().all(dim=1).cpu().numpy()]
             raise ValueError(
                 f"{self.name}: row {bad.min()} holds a NaN, an infinity or a value too large for "
                 f"float32 ({len(bad)} such rows among the {len(numbers)} just read)"
             )
         return x
-
-    def batch(self, index: npt.NDArray[np.integer[Any]]) -> Batch:
-        """Rows ``index`` with their targets and gradients."""
-        target = None if self.target is None else self.target.rows(index)
-        gradient = None if self.gradient is None else self.gradient.rows(index)
-        return Batch(self.rows(index), target, gradient)
 
     def identity(self) -> dict[str, Any]:
         """What tells these rows from others: number, widths and a digest of three of them."""
@@ -130,6 +153,12 @@ class Source:
         sample = self.gather(self._numbers(rows[: self.n_rows])).cpu().contiguous()
         digest = hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
         return {"n_rows": self.n_rows, "d_in": self.d_in, "d_out": self.d_out, "rows": digest[:16]}
+
+    @property
+    def in_files(self) -> bool:
+        """Whether rows of it have to be read from a file."""
+        parts = (self, self.target, self.gradient)
+        return any(part is not None and part.will_need is not None for part in parts)
 
     def prefetch(self, index: npt.NDArray[np.integer[Any]]) -> None:
         """Lets the system read rows ``index`` ahead, where they lie in a file."""
@@ -141,7 +170,7 @@ class Source:
 
     def batches(
         self, batch_size: int, seed: int = 0, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[Batch]:
+    ) -> Batches:
         """``Batches`` of this source."""
         return Batches(self, batch_size, seed, start, part)
 
@@ -190,7 +219,7 @@ def open_source(
 
     ``spec`` is one of: a tensor [rows, D] (float16, bfloat16, float32, float64; any device); the
     path of a C-order 2-D ``.npy`` file (float16, float32, float64) or of a folder that ``fastsae
-    harvest`` wrote, which are memory-mapped; ``"sample:NAME"`` with a name of ``SAMPLES``; a
+    harvest`` wrote, which stay there; ``"sample:NAME"`` with a name of ``SAMPLES``; a
     ``Source``. ``gradients`` pairs the rows with those stored in the folder. Values are checked as
     they are read.
 
@@ -265,6 +294,9 @@ class Batches(Iterator[Batch]):
     ``Batches(source, batch_size, seed, start=rows_seen)`` goes on with the very next row, and
     also may go on with another batch size. A batch that raises leaves the position as it was.
 
+    From the second batch on, what lies in files is read ahead in a thread: ``_AHEAD`` batches are
+    held in memory beside the one handed out. The thread ends with ``close`` or with this object.
+
     part: (i, n) for the i-th of n equal parts of each batch, in its order; others take the others.
     """
 
@@ -285,36 +317,90 @@ class Batches(Iterator[Batch]):
         i, n = part
         if batch_size % n:
             raise ValueError(f"batch_size: expected a multiple of {n} parts, got {batch_size}")
-        self._part = slice(i * batch_size // n, (i + 1) * batch_size // n)
-        self._epoch = -1  # the epoch that _order belongs to
-        self._order = np.empty(0, dtype=np.int64)
-        self._rows = self._next_rows()
+        own = slice(i * batch_size // n, (i + 1) * batch_size // n)
+        self._reader = _Reader(source, self.batch_size, self.seed, own)
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: deque[Future[tuple[RowIndex, Batch]]] = deque()  # from rows_seen on
+        self._process = 0  # that the thread is in: a fork has none
+        self._begun = False
 
     def __next__(self) -> Batch:
-        batch = self.source.batch(self._rows)
+        if self._begun and self.source.in_files:
+            batch = self._read_ahead()
+        else:
+            batch = self.source.checked(*self._reader.read(self.rows_seen, ahead=False))
+        self._begun = True
         self.rows_seen += self.batch_size
-        self._rows = self._next_rows()
-        self.source.prefetch(self._rows)
         return batch
 
-    def _next_rows(self) -> RowIndex:
+    def _read_ahead(self) -> Batch:
+        if self._process != os.getpid():
+            self._thread = ThreadPoolExecutor(1, "fastsae-reader")
+            self._process = os.getpid()
+            self._ahead.clear()
+        assert self._thread is not None
+        while len(self._ahead) <= _AHEAD:
+            position = self.rows_seen + len(self._ahead) * self.batch_size
+            self._ahead.append(self._thread.submit(self._reader.read, position, True))
+        try:
+            batch = self.source.checked(*self._ahead[0].result())
+        except Exception:
+            self.close()
+            raise
+        self._ahead.popleft()
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread, if there is one; to ask for another batch starts it again."""
+        if self._thread is not None and self._process == os.getpid():
+            self._thread.shutdown(cancel_futures=True)
+        self._thread, self._process = None, 0
+        self._ahead.clear()
+
+
+class _Reader:
+    """The batches of a stream by position. Knows nothing of ``Batches``, so that a thread that
+    reads does not keep one alive; used by one thread at a time."""
+
+    def __init__(self, source: Source, batch_size: int, seed: int, own: slice) -> None:
+        self.source, self.batch_size, self.seed, self.own = source, batch_size, seed, own
+        self._order: tuple[int, RowIndex] = (-1, np.empty(0, np.int64))  # an epoch, its permutation
+        self._soon: tuple[int, RowIndex] = (-1, np.empty(0, np.int64))  # a position, its rows
+
+    def read(self, position: int, ahead: bool) -> tuple[RowIndex, Batch]:
+        """The rows at a position, by number and as they are stored. With `ahead` the system fetches
+        the batch behind them meanwhile.
+
+        No arithmetic of torch here: its threads would be others than those of the step."""
+        rows = self._soon[1] if self._soon[0] == position else self._asked_for(position)
+        if ahead:
+            following = position + self.batch_size
+            self._soon = following, self._asked_for(following)
+        return rows, self.source.stored(rows)
+
+    def _asked_for(self, position: int) -> RowIndex:
+        """The numbers of the rows at a position, which the system is told of."""
         pieces: list[RowIndex] = []
-        position, end = self.rows_seen, self.rows_seen + self.batch_size
-        while position < end:
-            epoch, offset = divmod(position, self.source.n_rows)
-            if epoch != self._epoch:
-                self._order = permutation(self.source.n_rows, self.seed, _SHUFFLE, epoch)
-                self._epoch = epoch
-            pieces.append(self._order[offset : offset + end - position])
-            position += len(pieces[-1])
-        return np.concatenate(pieces)[self._part]
+        at, end = position, position + self.batch_size
+        while at < end:
+            epoch, offset = divmod(at, self.source.n_rows)
+            if epoch != self._order[0]:
+                self._order = epoch, permutation(self.source.n_rows, self.seed, _SHUFFLE, epoch)
+            pieces.append(self._order[1][offset : offset + end - at])
+            at += len(pieces[-1])
+        rows = np.concatenate(pieces)[self.own]
+        with contextlib.suppress(ValueError):  # what is wrong is said when they are read
+            self.source.prefetch(rows)
+        return rows
 
 
 def in_order(source: Source, batch_size: int) -> Iterator[Batch]:
     """One pass over all rows in the order of the source; the last batch may be short."""
     batch_size = _in_range("batch_size", batch_size, 1)
     for first in range(0, source.n_rows, batch_size):
-        yield source.batch(np.arange(first, min(first + batch_size, source.n_rows)))
+        rows = np.arange(first, min(first + batch_size, source.n_rows))
+        source.prefetch(rows)
+        yield source.batch(rows)
 
 
 def _tensor_source(x: Tensor, name: str) -> Source:
@@ -349,14 +435,8 @@ def _set_source(path: Path, gradients: bool) -> Source:
 
 def _npy_source(path: Path) -> Source:
     name = str(path)
-    try:
-        if not path.is_file():  # asked first: opening a named pipe would wait for its writer
-            raise ValueError(f"{name}: no such file, or not a regular file")
-        with path.open("rb") as file:
-            shape, fortran_order, dtype, offset = _npy_header(name, file)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise ValueError(f"{name}: cannot be read: {error.strerror}") from error
+    file = RowFile(path)
+    shape, fortran_order, dtype, offset = _npy_header(name, file.head(_NPY_HEADER_BYTES))
     native = dtype.newbyteorder("=")
     if native not in _NPY_DTYPES:  # object arrays end here: nothing is ever unpickled
         raise TypeError(f"{name}: expected float16, float32 or float64, got {dtype}")
@@ -367,32 +447,31 @@ def _npy_source(path: Path) -> Source:
             "save it with np.save(path, np.ascontiguousarray(x))"
         )
     row_bytes = d_in * dtype.itemsize
-    end = offset + n_rows * row_bytes
-    if len(mapped) < end:
+    file.end = offset + n_rows * row_bytes
+    if (size := file.size()) < file.end:
         raise ValueError(
-            f"{name}: truncated: {n_rows} rows of {d_in} {dtype} need {end} bytes, the file has "
-            f"{len(mapped)}; row {(len(mapped) - offset) // row_bytes} is the first incomplete one"
+            f"{name}: truncated: {n_rows} rows of {d_in} {dtype} need {file.end} bytes, the file "
+            f"has {size}; row {(size - offset) // row_bytes} is the first incomplete one"
         )
-    data: npt.NDArray[Any] = np.ndarray((n_rows, d_in), dtype, buffer=mapped, offset=offset)
 
     def gather(numbers: RowIndex) -> Tensor:
-        # To touch a page beyond the end of a file that was cut short would kill the process.
-        if mapped.size() < end:
-            raise ValueError(f"{name}: cut short while in use: {mapped.size()} of {end} bytes left")
-        return torch.from_numpy(data[numbers].astype(native, copy=False))
+        rows = np.empty((len(numbers), d_in), dtype)
+        order = np.argsort(numbers, kind="stable")
+        file.rows(offset, numbers[order], order, rows.view(np.uint8))
+        return torch.from_numpy(rows.astype(native, copy=False))
 
-    def next_rows(numbers: RowIndex) -> None:
-        will_need(mapped, offset, row_bytes, numbers.tolist())
+    def will_need(numbers: RowIndex) -> None:
+        file.will_need(offset, row_bytes, numbers)
 
-    return Source(name, n_rows, d_in, gather, will_need=next_rows)
+    return Source(name, n_rows, d_in, gather, will_need=will_need)
 
 
-def _npy_header(name: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """(shape, fortran_order, dtype, offset of the data), from a bounded part of the file."""
+def _npy_header(name: str, start: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """(shape, fortran_order, dtype, offset of the data), from the bytes a file starts with."""
     npy: Any = np.lib.format  # for which NumPy ships no types
     # Version 3.0 exists for field names outside latin-1, and a matrix of floats has no fields.
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    head = io.BytesIO(file.read(_NPY_HEADER_BYTES))
+    head = io.BytesIO(start)
     try:
         version = npy.read_magic(head)
         if version not in readers:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
-import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 try:
     import fcntl
@@ -17,6 +21,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _JSON_BYTES = 1 << 26  # far more than any of ours
+_ROWS_AT_ONCE = 1024  # buffers that one preadv takes, on Linux and on macOS
 
 
 def appear(path: Path, write: Callable[[Path], None]) -> None:
@@ -101,15 +106,88 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def will_need(mapped: mmap.mmap, first: int, row_bytes: int, rows: list[int]) -> None:
-    """Lets the system fetch rows of a mapped file, row 0 at byte `first`, before they are read.
+class RowFile:
+    """A file open for reading rows of equal length by their numbers, in any thread.
 
-    About a microsecond a row; without it each row that is not in memory is waited for alone.
+    Not a memory map: to touch a page of one beyond the end of a file that was cut short kills the
+    process, and while pages are waited for no other thread of Python runs. A file that was removed
+    or replaced stays readable. ValueError, also of the methods: it cannot be read.
     """
-    if not hasattr(mapped, "madvise"):  # Windows
-        return
-    page = mmap.PAGESIZE
-    for row in rows:
-        start = first + row * row_bytes
-        aligned = start - start % page
-        mapped.madvise(mmap.MADV_WILLNEED, aligned, start + row_bytes - aligned)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.end = 0
+        """The bytes that it must have: what is read from it is checked against them."""
+        try:
+            if not path.is_file():  # asked first: opening a named pipe would wait for its writer
+                raise ValueError(f"{path}: no such file, or not a regular file")
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        if hasattr(os, "posix_fadvise"):  # else a row that is missed brings megabytes around it
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def size(self) -> int:
+        return os.fstat(self._descriptor).st_size
+
+    def head(self, n_bytes: int) -> bytes:
+        """The first n_bytes, or all there are."""
+        head = bytearray(n_bytes)
+        try:
+            return bytes(head[: self._read([memoryview(head)], 0)])
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def will_need(self, first: int, row_bytes: int, numbers: npt.NDArray[np.int64]) -> None:
+        """Lets the system fetch rows, row 0 at byte `first`, before they are read.
+
+        Some microseconds a row that is not in memory; without it each is waited for alone.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for start in (first + numbers * row_bytes).tolist():
+            os.posix_fadvise(self._descriptor, start, row_bytes, os.POSIX_FADV_WILLNEED)
+
+    def rows(
+        self,
+        first: int,
+        numbers: npt.NDArray[np.int64],
+        places: npt.NDArray[np.int64],
+        out: npt.NDArray[np.uint8],
+    ) -> None:
+        """Reads row numbers[i] into out[places[i]]; out [m, bytes of a row], numbers ascending.
+
+        Rows that follow each other in the file are read in one go.
+        """
+        if self.size() < self.end:
+            raise self._cut_short()
+        row_bytes, memory = out.shape[1], out.reshape(-1).data
+        offsets, begins = (first + numbers * row_bytes).tolist(), (places * row_bytes).tolist()
+        apart = (np.diff(numbers) != 1) | (np.arange(1, len(numbers)) % _ROWS_AT_ONCE == 0)
+        bounds = [0, *(np.flatnonzero(apart) + 1).tolist(), len(numbers)]
+        descriptor, preadv = self._descriptor, os.preadv
+        try:
+            for i, stop in itertools.pairwise(bounds):
+                views = [memory[b : b + row_bytes] for b in begins[i:stop]]
+                wanted = len(views) * row_bytes
+                if views and preadv(descriptor, views, offsets[i]) < wanted:
+                    if self._read(views, offsets[i]) < wanted:
+                        raise self._cut_short()
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def _cut_short(self) -> ValueError:
+        left = f"{self.size()} of {self.end} bytes left"
+        return ValueError(f"{self.path}: cut short while in use: {left}")
+
+    def _read(self, views: list[memoryview], start: int) -> int:
+        """Fills the views with what follows byte `start`; returns how many bytes there were."""
+        done = 0
+        while views and (got := os.preadv(self._descriptor, views, start + done)):
+            done += got
+            while views and got >= len(views[0]):
+                got -= len(views.pop(0))
+            if got:
+                views[0] = views[0][got:]
+        return done

@@ -10,7 +10,7 @@ chunks again: to go on, the rows before that are read once more and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,9 @@ class IterableSource:
         """What tells a stream of rows from others, as far as that is known."""
         return {"d_in": self.d_in, "d_out": self.d_out, "buffer_rows": self.buffer_rows}
 
-    def batches(self, batch_size: int, seed: int = 0, start: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, seed: int = 0, start: int = 0
+    ) -> Generator[Batch, None, None]:
         """An endless stream of shuffled batches of exactly batch_size rows, after `start` rows.
 
         ValueError: a pass without rows, or a chunk that is not as it should be.
@@ -74,7 +76,7 @@ class IterableSource:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         return self._batches(batch_size, seed, start)
 
-    def _batches(self, batch_size: int, seed: int, start: int) -> Iterator[Batch]:
+    def _batches(self, batch_size: int, seed: int, start: int) -> Generator[Batch, None, None]:
         pieces: list[Batch] = []
         missing, dropped = batch_size, 0
         for piece in self._shuffled(seed):

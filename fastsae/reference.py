@@ -31,10 +31,14 @@ if TYPE_CHECKING:
     from fastsae.ops import RowGradient
 
 
+class NotFinite(ValueError):
+    """Raised by every backend on a CPU for an input or a result that is not finite."""
+
+
 def _check_finite(t: Tensor | None, name: str) -> None:
     if t is not None and not bool(torch.isfinite(t).all()):
         bad = int((~torch.isfinite(t)).reshape(len(t), -1).any(1).nonzero()[0])
-        raise ValueError(f"{name}: expected finite values, got a non-finite one in row {bad}")
+        raise NotFinite(f"{name}: expected finite values, got a non-finite one in row {bad}")
 
 
 def _check_ids(ids: Tensor, name: str, low: int, high: int) -> None:
@@ -93,7 +97,7 @@ class TooManyPairs(RuntimeError):
 def _pre_activations(
     x: Tensor, W: Tensor, b: Tensor | None, precision: str, dtype: torch.dtype
 ) -> Tensor:
-    """h = x Wᵀ + b (N, rows of W). ValueError where an input or a value of h is not finite."""
+    """h = x Wᵀ + b (N, rows of W). NotFinite where an input or a value of h is not."""
     if precision == "bf16":
         x, W = x.bfloat16(), W.bfloat16()
     x, W = x.to(dtype), W.to(dtype)

@@ -16,6 +16,7 @@ def resample_dead_(
     target: Tensor | None = None,
     *,
     seed: int = 0,
+    parts: int = 1,
 ) -> int:
     """Gives each dead latent the direction of a badly reconstructed token; returns how many.
 
@@ -24,7 +25,8 @@ def resample_dead_(
     ‖x - x̂‖ (as in dictionary_learning; the report squares it). The row of W_enc becomes the token,
     centred as the encoder sees it, at 0.2 times the mean norm of the rows of live latents; that of
     W_dec its direction, at norm 1 (for a transcoder that of the target); b_enc 0, and what the rule
-    holds of the latent as at the start. The optimiser's moments of all these become 0.
+    holds of the latent as at the start. The optimiser's moments of all these become 0. Errors are
+    taken of one of `parts` parts of the tokens after the other, as a step does with its batch.
     """
     dead = (sae.tokens_since_fired >= sae.config.dead_after).nonzero()[:, 0]
     if len(dead) == 0 or len(x) == 0:
@@ -32,9 +34,12 @@ def resample_dead_(
     was_training = sae.training
     sae.eval()
     y = x if target is None else target
-    x_hat = sae.losses(x, target, reconstruct=True).reconstruction
-    assert x_hat is not None
-    errors = (y - x_hat).float().norm(dim=1).double().cpu()
+    lengths = []
+    for some, wanted in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+        output = sae.losses(some, None if target is None else wanted, reconstruct=True)
+        assert output.reconstruction is not None
+        lengths.append((wanted - output.reconstruction).float().norm(dim=1))
+    errors = torch.cat(lengths).double().cpu()
     sae.train(was_training)
     if not bool(errors.sum() > 0):
         return 0

@@ -123,6 +123,10 @@ def train(
         return {**figures, "step": trainer.step_count, "steps": settings.steps}
     with trainer.averaged():
         seconds = figures["train_seconds"]
+        step, figured = trainer.evaluated
+        if step != trainer.step_count:
+            figured = evaluate(trainer.sae, holdout) if held else {}
+        figures |= figured
         figures |= final_figures(trainer.sae, rows, holdout, settings, seconds)
         if shards is not None:
             figures["ranks"] = shards.n_ranks
@@ -137,8 +141,8 @@ def train(
 def final_figures(
     sae: SAE, rows: Source, holdout: Source, settings: TrainConfig, seconds: float
 ) -> dict[str, Any]:
-    """On held-out rows, beside PCA; the dead share on training rows; what a step cost."""
-    figures: dict[str, Any] = evaluate(sae, holdout) if holdout.n_rows else {}
+    """PCA on held-out rows; the dead share on training rows; what a step cost."""
+    figures: dict[str, Any] = {}
     n = min(rows.n_rows, FIGURE_ROWS)
     some = rows.select(np.arange(n) * rows.n_rows // n)
     if holdout.n_rows and rows.target is None:

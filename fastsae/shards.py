@@ -9,16 +9,15 @@ float16, bfloat16 or float32. ``token`` is the id that the model read at ``posit
 windows are numbered in the order of the text, positions from 0.
 
 A shard is written beside its place, brought to the disk and renamed: a file of that name is whole.
-It is read through a memory map, rows by number, so a set may be larger than RAM; at most
-``_OPEN_SHARDS`` maps are kept, so it may have more shards than a process may open files. Headers
-are parsed here, from a bounded part of the file, and every extent is checked before it is mapped.
+Rows are read by number, only those asked for, so a set may be larger than RAM; at most
+``_OPEN_SHARDS`` files are kept open, so it may have more shards than a process may open files.
+Headers are parsed here, from a bounded part of the file, and every extent is checked at once.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,28 +28,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastsae.files import appear, json_object, read_json, will_need, write_json
+from fastsae.files import RowFile, appear, json_object, read_json, write_json
 from fastsae.tensors import NAMES, write_tensors
 
 FORMAT, VERSION = "fastsae-activations", 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LABELS = ("token", "window", "position")
 
-_STORED = {  # NumPy's types of the same bytes
-    torch.float16: "<f2",
-    torch.bfloat16: "<u2",
-    torch.float32: "<f4",
-    torch.int32: "<i4",
-}
 _HEADER_BYTES = 1 << 16  # far more than it needs
 _OPEN_SHARDS = 128
 
 
 class _Shard(NamedTuple):
-    mapped: mmap.mmap
-    end: int  # of the data
-    tensors: dict[str, npt.NDArray[Any]]
-    first: dict[str, int]  # the byte where each begins
+    file: RowFile
+    first: dict[str, int]  # the byte where each tensor begins
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -100,7 +91,7 @@ class ActivationSet:
             **{name: (dtype, (self.d,)) for name in matrices},
             **{name: (torch.int32, ()) for name in LABELS},
         }
-        self._shard = functools.lru_cache(_OPEN_SHARDS)(self._map)
+        self._shard = functools.lru_cache(_OPEN_SHARDS)(self._open)
         for number in range(len(self.starts) - 1):
             self._shard(number)
 
@@ -111,20 +102,15 @@ class ActivationSet:
     def gather(self, name: str, numbers: npt.NDArray[np.int64]) -> Tensor:
         """Rows ``numbers`` [m] (in [0, n_rows)) of a tensor → [m, D] or [m], in its own dtype."""
         dtype, tail = self.tensors[name]
-        rows = np.empty((len(numbers), *tail), np.dtype(_STORED[dtype]).newbyteorder("="))
+        rows = torch.empty(len(numbers), *tail, dtype=dtype)
+        stored = rows.view(len(numbers), math.prod(tail)).view(torch.uint8).numpy()
         order = np.argsort(numbers, kind="stable")
         bounds = np.searchsorted(numbers[order], self.starts)
         for number in np.flatnonzero(np.diff(bounds)).tolist():
-            mapped, end, tensors, _ = self._shard(number)
-            # To touch a page beyond the end of a file that was cut short would kill the process.
-            if mapped.size() < end:
-                raise ValueError(
-                    f"{shard_path(self.folder, number)}: cut short while in use: "
-                    f"{mapped.size()} of {end} bytes left"
-                )
+            shard = self._shard(number)
             here = order[bounds[number] : bounds[number + 1]]
-            rows[here] = tensors[name][numbers[here] - self.starts[number]]
-        return torch.from_numpy(rows).view(dtype)
+            shard.file.rows(shard.first[name], numbers[here] - self.starts[number], here, stored)
+        return rows
 
     def will_need(self, name: str, numbers: npt.NDArray[np.int64]) -> None:
         """Lets the system fetch rows ``numbers`` of a tensor before ``gather`` reads them."""
@@ -134,36 +120,32 @@ class ActivationSet:
         for number in np.unique(shards).tolist():
             shard = self._shard(number)
             here = numbers[shards == number] - self.starts[number]
-            will_need(shard.mapped, shard.first[name], row_bytes, here.tolist())
+            shard.file.will_need(shard.first[name], row_bytes, here)
 
-    def _map(self, number: int) -> _Shard:
+    def _open(self, number: int) -> _Shard:
         path = shard_path(self.folder, number)
-        try:
-            if not path.is_file():
-                raise ValueError(
-                    f"{path}: no such file, or not a regular file; a harvest that was "
-                    "interrupted goes on where it stopped when it is started again"
-                )
-            with path.open("rb") as file:
-                header, start = _header(str(path), file.read(8 + _HEADER_BYTES))
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-        tensors, first, data_end = {}, {}, start
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{path}: no such file, or not a regular file; a harvest that was interrupted goes "
+                "on where it stopped when it is started again"
+            )
+        file = RowFile(path)
+        header, start = _header(str(path), file.head(8 + _HEADER_BYTES))
+        first = {}
         for name, (dtype, tail) in self.tensors.items():
             shape = (self.index["shards"][number], *tail)
-            stored, kind = NAMES[dtype], _STORED[dtype]
-            size = math.prod(shape) * np.dtype(kind).itemsize
-            begin, end = _extent(f"{path}: tensor {name}", header.get(name), stored, shape, size)
-            if len(mapped) < start + end:
+            size = math.prod(shape) * dtype.itemsize
+            begin, end = _extent(
+                f"{path}: tensor {name}", header.get(name), NAMES[dtype], shape, size
+            )
+            if file.size() < start + end:
                 raise ValueError(
                     f"{path}: truncated: tensor {name} ends at byte {start + end}, "
-                    f"the file has {len(mapped)}"
+                    f"the file has {file.size()}"
                 )
             first[name] = start + begin
-            tensors[name] = np.ndarray(shape, kind, buffer=mapped, offset=first[name])
-            data_end = max(data_end, start + end)
-        return _Shard(mapped, data_end, tensors, first)
+            file.end = max(file.end, start + end)
+        return _Shard(file, first)
 
 
 def _header(name: str, head: bytes) -> tuple[dict[str, Any], int]:

@@ -14,7 +14,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -25,12 +25,13 @@ from torch import Tensor
 
 from fastsae import checkpoint, metrics, ops
 from fastsae.config import TrainConfig
-from fastsae.data import Batch, Source, in_order
+from fastsae.data import Batch, Batches, Source, in_order
 from fastsae.ema import EMA
 from fastsae.files import alone
 from fastsae.iterable import IterableSource
 from fastsae.log import RunLog
 from fastsae.optim import Adam
+from fastsae.reference import NotFinite
 from fastsae.resample import resample_dead_
 from fastsae.sae import BY_LATENT, SAE, SAEOutput
 from fastsae.sharding import Shards
@@ -96,6 +97,8 @@ class Trainer:
         self.log_bytes = 0
         self.continues = False
         """Whether what is in `out` is this run's own."""
+        self.evaluated: tuple[int, dict[str, Any]] = (-1, {})
+        """The step and the figures of the last evaluation on the rows held out, in this process."""
 
     # ---- one step ----
 
@@ -125,9 +128,7 @@ class Trainer:
         for part in _parts(batch, config.accumulate):
             try:
                 output = sae.losses(*part)
-            except ValueError as error:  # a source has finite rows, so it is the weights
-                if "finite" not in str(error):
-                    raise
+            except NotFinite as error:  # a source has finite rows, so it is the weights
                 raise FloatingPointError(self._diverged(str(error))) from error
             finite = output.loss.detach().isfinite()
             if not self.on_device and not bool(finite):  # a bad step writes nothing
@@ -161,12 +162,23 @@ class Trainer:
         every = config.resample_every
         if every and self.step_count % every == 0:
             seed = config.seed + self.step_count
-            resample_dead_(sae, optimizer, batch.x, batch.target, seed=seed)
+            resample_dead_(
+                sae, optimizer, batch.x, batch.target, seed=seed, parts=config.accumulate
+            )
         return output
 
     def _moved(self, batch: Batch) -> Batch:
         device = self.sae.W_dec.device
         return Batch(*(None if t is None else t.to(device) for t in batch))  # type: ignore[arg-type]
+
+    def _batches(self) -> Batches | Generator[Batch, None, None]:
+        """The rows from here on; of shards this rank's part of each batch."""
+        config, start = self.config, self.step_count * self.config.batch_size
+        if self.shards is None:
+            return self.source.batches(config.batch_size, config.seed, start)
+        assert isinstance(self.source, Source)
+        part = self.shards.rank, self.shards.n_ranks
+        return self.source.batches(config.batch_size, config.seed, start, part)
 
     def _read(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, on the SAE's device; of shards the tokens of this row of ranks."""
@@ -244,18 +256,13 @@ class Trainer:
             wandb=config.wandb if self._writes else None,
             config=self.settings(),
         )
-        with log, _stop_requests(self.out is not None) as stop:
+        batches = self._batches()
+        stopping = _stop_requests(self.out is not None)
+        with log, stopping as stop, contextlib.closing(batches):
             if first_step == 0:
                 log.write({"config": self.settings(), "engine": self.engine()})
                 with self._timed():
                     self.initialize()
-            start = first_step * config.batch_size
-            if self.shards is None:
-                batches = self.source.batches(config.batch_size, config.seed, start)
-            else:
-                part = self.shards.rank, self.shards.n_ranks
-                assert isinstance(self.source, Source)
-                batches = self.source.batches(config.batch_size, config.seed, start, part)
             while self.step_count < config.steps and not self._stops(stop):
                 line = None
                 with self._timed():
@@ -276,6 +283,7 @@ class Trainer:
                     with self._not_to_blame():
                         figures = self.evaluate(self.holdout, lambda: self._stops(stop))
                     if figures:
+                        self.evaluated = self.step_count, figures
                         log.write({"step": self.step_count, "eval": figures})
                 self.log_bytes = log.n_bytes
                 if self.out is not None and self.step_count % config.checkpoint_every == 0:

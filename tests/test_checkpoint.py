@@ -1,11 +1,13 @@
 """Runs that stop in every way there is, and go on to the same bits."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from test_train import make, rows
 
-from fastsae import SAE, TopK, checkpoint, cli
+from fastsae import SAE, TopK, checkpoint, cli, runs
 from fastsae.data import Source, open_source, split
 from fastsae.files import alone
 from fastsae.iterable import IterableSource
@@ -443,6 +445,49 @@ def test_a_stop_request_in_an_evaluation(tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "latest") == "step-5"
 
 
+def test_the_last_evaluation_is_not_made_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[int] = []
+
+    def counted(sae: SAE, source: Source) -> dict[str, Any]:
+        evaluated.append(source.n_rows)
+        return evaluate(sae, source)
+
+    monkeypatch.setattr(runs, "evaluate", counted)
+    monkeypatch.setattr(runs, "write_report", lambda *_: None)
+    data, holdout = split(open_source(rows(100, 16)), 30)
+    for resume in (False, True):
+        figures = runs.train(make().config, data, holdout, SETTINGS, tmp_path, {}, resume=resume)
+        log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        logged = [line for line in log if "eval" in line][-1]
+        assert logged["step"] == SETTINGS.steps
+        assert {name: figures[name] for name in ("fvu", "l0")} == {
+            name: logged["eval"][name] for name in ("fvu", "l0")
+        }
+    assert evaluated == [70, 30, 70]  # what was held out only where nothing was trained
+
+
+@pytest.mark.parametrize("end", ["done", "stopped", "failed"])
+def test_no_run_leaves_the_thread_that_reads(tmp_path: Path, end: str) -> None:
+    np.save(tmp_path / "x.npy", rows(100, 16).numpy())
+    trainer = Trainer(make(), open_source(tmp_path / "x.npy"), SETTINGS, out=tmp_path / "run")
+    threads = []
+
+    def on_step(step: int, _: SAEOutput) -> None:
+        threads.append(threading.active_count())
+        if step == 5 and end == "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step == 5 and end == "failed":
+            raise RuntimeError("mine")
+
+    before = threading.active_count()
+    with pytest.raises(RuntimeError) if end == "failed" else contextlib.nullcontext():
+        trainer.run(progress=False, on_step=on_step)
+    assert threads[4] == before + 1 and threading.active_count() == before
+    assert trainer.step_count == (SETTINGS.steps if end == "done" else 5)
+
+
 # ---- real processes ----
 
 ARGUMENTS = "--d-sae 64 --k 4 --batch-size 32 --lr 1e-2 --holdout 20 --log-every 7 --seed 1".split()
@@ -544,7 +589,9 @@ def test_data_that_shrink_in_the_middle_of_a_run(
 
     with pytest.raises(ValueError, match=r"acts\.npy: cut short while in use: 1000 of"):
         trainer.run(progress=False, on_step=cut)
-    assert os.readlink(out / "latest") == "step-9"
+    # Up to two batches were read before the cut; an evaluation begins to read after it.
+    assert 9 <= trainer.step_count <= (9 if evaluates else 11)
+    assert os.readlink(out / "latest") == f"step-{trainer.step_count}"
     np.save(acts, rows(500, 16).numpy())
     again = Trainer(make(), open_source(acts), SETTINGS, out=out)
     assert again.resume() and again.run(progress=False)["interrupted"] is False

@@ -1,11 +1,16 @@
 """Sources, the held-out split, and the exactness, stability and resumption of shuffled batches."""
 
+import errno
 import itertools
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastsae import shards
-from fastsae.data import SAMPLES, Batches, Source, in_order, load_sample, open_source, split
+from fastsae.data import (
+    _AHEAD,
+    SAMPLES,
+    Batches,
+    Source,
+    in_order,
+    load_sample,
+    open_source,
+    split,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -687,6 +701,176 @@ def test_a_shard_cut_short_in_use_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"00001.*: cut short while in use: {end - 1} of {end} by"):
         source.rows(np.array([3]))
     assert len(source.rows(np.array([0, 2]))) == 2
+
+
+# Reading ahead
+
+
+def reading() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fastsae-reader")]
+
+
+def assert_soon(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("not within 10 s")
+
+
+@pytest.mark.parametrize("start", [0, 3, 999])
+@pytest.mark.parametrize("kind", ["npy", "shards"])
+def test_batches_of_a_file_are_those_of_a_tensor(tmp_path: Path, kind: str, start: int) -> None:
+    x = write_set(tmp_path / "set", [400, 1, 599], d=5, gradients=True)
+    file: Path = tmp_path / "set"
+    if kind == "npy":
+        file = save(tmp_path / "x.npy", x.numpy())
+    target = open_source(save(tmp_path / "y.npy", x.numpy()[:, :2] + 1))
+    in_file = open_source(file, target, gradients=kind == "shards")
+    sources = [split(source, 50)[0] for source in (in_file, open_source(x, x[:, :2] + 1))]
+    found, expected = (Batches(source, 64, seed=3, start=start) for source in sources)
+    for _ in range(35):  # more than two epochs
+        a, b = next(found), next(expected)
+        assert torch.equal(a.x, b.x) and a.x.dtype == torch.float32
+        assert a.target is not None and b.target is not None and torch.equal(a.target, b.target)
+        assert a.gradient is None if kind == "npy" else torch.equal(a.gradient, -b.x)
+        assert found.rows_seen == expected.rows_seen
+    assert reading()
+    found.close()
+    assert not reading()
+    assert torch.equal(next(found).x, next(expected).x)
+
+
+def test_a_thread_only_reads_what_is_in_a_file_and_asked_for_twice(tmp_path: Path) -> None:
+    x = np.ones((100, 3), np.float32)
+    held = Batches(open_source(torch.from_numpy(x)), 10)
+    batches = Batches(open_source(save(tmp_path / "x.npy", x)), 10)
+    next(batches)
+    for _ in range(5):
+        next(held)
+    assert not reading()
+    next(batches)
+    assert len(reading()) == 1
+    del batches
+    assert_soon(lambda: not reading())
+
+
+def test_no_more_is_read_ahead_than_is_said(tmp_path: Path) -> None:
+    source = open_source(save(tmp_path / "x.npy", np.ones((1000, 3), np.float32)))
+    read: list[int] = []
+
+    def gather(numbers: np.ndarray) -> torch.Tensor:
+        read.append(len(numbers))
+        return source.gather(numbers)
+
+    batches = Batches(replace(source, gather=gather), 10)
+    for handed_out in range(1, 6):
+        next(batches)
+        due = handed_out + _AHEAD if handed_out > 1 else 1
+        assert_soon(lambda due=due: len(read) == due)
+    batches.close()
+    assert read == [10] * (5 + _AHEAD)
+
+
+def test_what_is_wrong_is_raised_at_its_own_batch(tmp_path: Path) -> None:
+    x = np.arange(300, dtype=np.float32).reshape(100, 3)
+    path = save(tmp_path / "x.npy", x)
+    expected = list(itertools.islice(Batches(open_source(torch.from_numpy(x)), 10), 8))
+    bad = int(expected[4].x[3, 0]) // 3
+    data = np.lib.format.open_memmap(path, "r+")
+    data[bad, 1] = np.nan
+    data.flush()
+    batches = Batches(open_source(path), 10)
+    for batch in expected[:4]:
+        assert torch.equal(next(batches).x, batch.x)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"row {bad} holds a NaN"):
+            next(batches)
+        assert batches.rows_seen == 40 and not reading()
+    data[bad, 1] = 3 * bad + 1
+    data.flush()
+    for batch in expected[4:]:
+        assert torch.equal(next(batches).x, batch.x)
+
+
+@pytest.mark.parametrize("kind", ["npy", "shards"])
+def test_a_file_cut_short_while_it_is_read_ahead(tmp_path: Path, kind: str) -> None:
+    """A map would end the process here, in the thread and in the middle of a batch alike."""
+    x = write_set(tmp_path / "set", [4000], d=64)
+    file = tmp_path / "set" / "shard-00000.safetensors"
+    source = open_source(tmp_path / "set")
+    if kind == "npy":
+        file = save(tmp_path / "x.npy", x.numpy())
+        source = open_source(file)
+    batches = Batches(source, 100)
+    next(batches)
+    next(batches)
+    os.truncate(file, 8192)
+    with pytest.raises(
+        ValueError, match=rf"{file}: cut short while in use: 8192 of \d+ bytes left"
+    ):
+        for _ in range(2 + _AHEAD):
+            next(batches)
+    assert 200 <= batches.rows_seen <= 200 + 100 * _AHEAD
+    assert not reading()
+
+
+def test_reads_that_come_in_parts_or_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).normal(size=(3000, 3)).astype(np.float32)
+    source = open_source(save(tmp_path / "x.npy", x))
+    index = np.concatenate([np.arange(100, 2500), [7, 7, 2999, 0]])
+    preadv = os.preadv
+
+    def seven_bytes(descriptor: int, views: list[memoryview], start: int) -> int:
+        return preadv(descriptor, [views[0][:7]], start)
+
+    monkeypatch.setattr(os, "preadv", seven_bytes)
+    assert np.array_equal(source.rows(index).numpy(), x[index])
+
+    def fails(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(ValueError, match=r"x.npy: cannot be read: Input/output error"):
+        source.rows(index)
+    with pytest.raises(ValueError, match=r"x.npy: cannot be read: Input/output error"):
+        open_source(tmp_path / "x.npy")
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)  # it ends, after its size was asked for
+    with pytest.raises(ValueError, match="cut short while in use"):
+        source.rows(index)
+
+
+FORKED = """
+import os, sys
+from fastsae.data import Batches, open_source
+
+batches = Batches(open_source(sys.argv[1]), 8)
+for _ in range(3):
+    next(batches)
+child = os.fork()
+rows = [next(batches).x[:, 0].tolist() for _ in range(4)]
+if child == 0:
+    os.write(1, f"{rows}\\n".encode())
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+os.write(1, f"{rows}\\n".encode())
+# Here the thread is alive, with batches that nobody asks for: the interpreter ends all the same.
+"""
+
+
+def test_a_fork_reads_on_by_itself_and_the_interpreter_ends(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npy", np.arange(100, dtype=np.float32)[:, None])
+    child = subprocess.run(
+        [sys.executable, "-c", FORKED, path],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    expected = draw(open_source(path), 8, 4, start=24)
+    rows = [expected[i : i + 8] for i in range(0, 32, 8)]
+    assert [json.loads(line) for line in child.stdout.splitlines()] == [rows, rows], child.stderr
 
 
 # Rows that are not finite

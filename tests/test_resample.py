@@ -72,6 +72,22 @@ def test_badly_reconstructed_tokens_are_preferred() -> None:
     assert drawn <= set(range(5)) and len(drawn) > 2
 
 
+def test_tokens_in_parts_give_the_same_errors() -> None:
+    found = []
+    for parts in (1, 3, N):
+        sae, adam, x = trained(d_out=7)
+        seen: list[int] = []
+        losses = sae.losses
+        sae.losses = lambda x, *a, seen=seen, losses=losses, **k: (  # type: ignore[method-assign]
+            seen.append(len(x)) or losses(x, *a, **k)
+        )
+        assert resample_dead_(sae, adam, x, randn(N, 7, seed=2), seed=5, parts=parts) == len(DEAD)
+        assert sum(seen) == N and max(seen) == -(-N // parts)
+        found.append([p.detach().clone() for p in sae.parameters()])
+    for other in found[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(found[0], other, strict=True))
+
+
 def test_nothing_dead_nothing_changes() -> None:
     sae, adam, x = trained()
     sae.tokens_since_fired.zero_()

@@ -896,7 +896,7 @@ def test_a_failed_save_changes_no_file(
         make(SETTINGS["auxk"], seed=2).save(tmp_path)
     before = contents(tmp_path)
 
-    def save_half(path: Path, tensors: dict[str, Tensor]) -> None:
+    def save_half(path: Path, *_: Any) -> None:
         path.write_bytes(b"half")
         raise DiskFull
 

@@ -657,7 +657,7 @@ def test_a_step_without_a_finite_loss_writes_nothing(
     assert os.listdir(tmp_path) == ["log.jsonl"]
 
 
-def test_other_errors_of_a_step_are_not_divergence() -> None:
+def test_other_errors_of_a_step_are_not_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
     data = open_source(torch.full((64, 16), torch.nan))
     with pytest.raises(ValueError, match="tensor: row 0 holds a NaN"):
         train(make(), data)
@@ -665,6 +665,13 @@ def test_other_errors_of_a_step_are_not_divergence() -> None:
     batch = next(Batches(source(d=5), 32))
     with pytest.raises(ValueError, match=r"x: expected shape \(…, 16\), got \(32, 5\)"):
         trainer.step(batch)
+
+    def losses(*_: Any, **__: Any) -> SAEOutput:
+        raise ValueError("a finite number, but of another kind")
+
+    monkeypatch.setattr(trainer.sae, "losses", losses)
+    with pytest.raises(ValueError, match="of another kind"):
+        trainer.step(next(Batches(source(), 32)))
 
 
 # ---- evaluation ----

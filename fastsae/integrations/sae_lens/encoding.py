@@ -27,7 +27,7 @@ from fastsae.integrations.sae_lens.acts import (
     plain,
     scaled,
 )
-from fastsae.reference import TooManyPairs
+from fastsae.reference import NotFinite, TooManyPairs
 from fastsae.selection.per_pair import pair_limit
 
 Method = Callable[..., Any]
@@ -58,9 +58,7 @@ def _encoded(sae: Any, x: Tensor, choose: Choose) -> Encoded | None:
         return Encoded(choose(sae, source), source, shape)
     except TooManyPairs:
         return None
-    except ValueError as error:  # SAELens carries infinities and NaN on
-        if "finite" not in str(error):
-            raise
+    except NotFinite:  # SAELens carries infinities and NaN on
         return None
 
 
