@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from fastsae.optim import Adam
 
 
+# Its name up to torch 2.12.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class LostRank(RuntimeError):
     """Another process of the training ended, or does not answer."""
 
@@ -136,9 +140,7 @@ class Shards:
         out = t.new_empty(n, *t.shape)
         n_bytes = (n - 1) * t.numel() * t.element_size()
         flat, flat_out = t.reshape(-1), out.view(-1)
-        self._exchange(
-            what, n_bytes, lambda: dist.all_gather_into_tensor(flat_out, flat, group=group)
-        )
+        self._exchange(what, n_bytes, lambda: _all_gather(flat_out, flat, group=group))
         return out
 
     def _reduce_(self, what: str, t: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:

@@ -739,6 +739,7 @@ def test_batches_of_a_file_are_those_of_a_tensor(tmp_path: Path, kind: str, star
     found.close()
     assert not reading()
     assert torch.equal(next(found).x, next(expected).x)
+    found.close()
 
 
 def test_a_thread_only_reads_what_is_in_a_file_and_asked_for_twice(tmp_path: Path) -> None:
