@@ -5,6 +5,9 @@ PYTHON ?= $(or $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -c constraints.txt
+# A process a core, up to four: each takes about a gigabyte. Threads of OpenMP that spin while they
+# wait would keep the other processes from the cores.
+TEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 SOURCES := pyproject.toml setup.py constraints.txt $(CSRC)
 
@@ -19,11 +22,12 @@ SANITIZED = cd $(SANITIZE) && PYTHONPATH=$(CURDIR)/$(SANITIZE)/package \
 
 .NOTPARALLEL:
 .PRECIOUS: .peers/%/installed .peers/%/installed-test
-.PHONY: help demo test test-report test-integrations sanitize neon peers activations lint lint-python lint-types lint-cpp format clean
+.PHONY: help demo test test-compiled test-report test-integrations sanitize neon peers activations lint lint-python lint-types lint-cpp format clean
 
 help:
 	@echo "make demo      train a sparse autoencoder on the sample data and print its figures"
 	@echo "make test      run the tests"
+	@echo "make test-compiled  compile the Triton kernels for every kind of GPU"
 	@echo "make test-report  look at the report in a browser (Debian or Ubuntu: chromium)"
 	@echo "make sanitize  run the tests of the C++ kernels under ASan and UBSan (Linux, gcc)"
 	@echo "make neon      compare the bits of the C++ kernels with those on an emulated ARM"
@@ -38,7 +42,11 @@ demo: $(VENV)/installed
 	$(BIN)/fastsae demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(TEST)
+
+# As `make test` does for an H100.
+test-compiled: $(VENV)/installed-test
+	$(TEST) --all-targets -k compiled
 
 # Leaves pictures of what it looked at in build/report/.
 test-report: $(VENV)/installed-test

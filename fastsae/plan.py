@@ -34,7 +34,8 @@ class Plan:
     counters: int
     """Tokens since each latent fired, and what a rule keeps of each."""
     step: int
-    """Codes, tokens and buffers of a step, at most; a rule that recomputes has its own blocks."""
+    """Codes, buffers and tokens of a step, two batches ahead, at most; a rule that recomputes has
+    its own blocks."""
     process: int = PROCESS
     checkpoints: int = 0
     """On the disk: those that are kept, one that is being written, the weights at the end."""
@@ -83,7 +84,7 @@ def plan(
         gradients=weights if exact else 0,
         average=average,
         counters=counters,
-        step=(32 << 20) + 8 * n * (d_in + d_out) + 32 * d_sae + 64 * pairs,
+        step=(32 << 20) + 16 * n * (d_in + d_out) + 32 * d_sae + 64 * pairs,
         checkpoints=latents * ((train.keep + 1) * lasting + weights),
         exchanged=round(sum(exchanged(config, train, latents, data).values())),
     )

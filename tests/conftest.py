@@ -1,8 +1,9 @@
 """Rules for the whole session: `gpu` tests run where there is a GPU, and no test may be skipped.
 
 A test of a backend that skips itself because something is missing would leave that backend
-untested without anyone noticing. What cannot run here by nature is deselected, visibly; and so are
-kernels compiled for other targets than an H100, unless --all-targets asks for them, as CI does.
+untested without anyone noticing. What cannot run here by nature is deselected, which the head of
+the report says; and so are kernels compiled for other targets than an H100, unless --all-targets
+asks for them, as CI does.
 """
 
 import pytest
@@ -10,6 +11,12 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-targets", action="store_true", help="compile for all kinds of GPU")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    gpu = "" if has_gpu() else "no GPU here: tests marked gpu are left out; "
+    targets = "all targets" if config.getoption("--all-targets") else "an H100"
+    return f"{gpu}kernels are compiled for {targets}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -496,6 +496,8 @@ ARGUMENTS = "--d-sae 64 --k 4 --batch-size 32 --lr 1e-2 --holdout 20 --log-every
 def fastsae_train(acts: str, out: str, *more: str) -> None:
     """A process of its own, forked from one in which everything is imported."""
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored in the background and under nohup
+        signal.signal(number, signal.SIG_DFL)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     cli.main(["train", "--data", acts, "--out", out, "--resume", *ARGUMENTS, *more])
@@ -563,12 +565,15 @@ def test_a_stop_request_saves_and_exits_with_0(tmp_path: Path, acts: str, number
     process = started(acts, str(out), "--steps", "1000000", "--checkpoint-every", "1000000")
     log = out / "log.jsonl"
     deadline = time.monotonic() + 60
-    while not (log.exists() and log.read_bytes().count(b"\n") > 3):
-        assert time.monotonic() < deadline and process.exitcode is None
-        time.sleep(0.01)
-    os.kill(process.pid, number)
-    process.join(60)
-    assert process.exitcode == 0
+    try:
+        while not (log.exists() and log.read_bytes().count(b"\n") > 3):
+            assert time.monotonic() < deadline and process.exitcode is None
+            time.sleep(0.01)
+        os.kill(process.pid, number)
+        process.join(60)
+        assert process.exitcode == 0
+    finally:
+        process.kill()  # nothing else would end it
     folder = checkpoint.latest(out)
     assert folder is not None and checkpoint.step_of(folder) >= 7
     assert not (out / "metrics.json").exists() and not (out / "sae.safetensors").exists()
