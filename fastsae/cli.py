@@ -148,6 +148,8 @@ class Train:
         )
         if shards is None or shards.first:
             finish(figures, self.out)
+        if shards is not None:
+            shards.close()
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,11 @@ class Shards:
         width = d_sae // self.n_latent
         return range(self.at_latent * width, (self.at_latent + 1) * width)
 
+    def close(self) -> None:
+        """Ends the connections, when all ranks are done."""
+        self.barrier()
+        dist.destroy_process_group()
+
     # ---- exchanges ----
 
     def received(self) -> float:
@@ -336,7 +341,8 @@ def exchanged(config: SAEConfig, train: TrainConfig, latents: int, data: int) ->
     """Bytes that each rank receives in a step, on paper, by the names of `Shards.traffic`.
 
     A gather of n ranks takes n - 1 times its tensor, a sum in a ring 2·(n - 1)/n times. Without the
-    AuxK loss, whose candidates and reconstruction come on top while latents are dead.
+    AuxK loss, whose candidates and reconstruction come on top while latents are dead, and without
+    what a tie of scores costs (`best_of_batch`).
     """
     n, d_in, d_out = train.batch_size / data, config.d_in, config.d_out or config.d_in
     width, ranks = config.d_sae / latents, latents * data
@@ -356,13 +362,16 @@ def exchanged(config: SAEConfig, train: TrainConfig, latents: int, data: int) ->
     if data > 1:
         gathered = lazy or _pairs_are_less(sparse + 4 * pairs, dense, data)
         matrices = ring(data, dense + 4 * width * config.encoder_bias)
-        merged = (data - 1) * sparse if gathered else matrices
+        merged = (data - 1) * (sparse + 8 * n * batch) if gathered else matrices
     return {
         "rows": (latents - 1) / latents * n * 4 * (d_in + target),
         "scores": 4 * pairs * ((ranks if batch else latents) - 1),
         "reconstruction": ring(latents, 4 * n * d_out),
         "gradients": ring(ranks, 4 * d_out) + merged + ring(data, 4 * d_in * d_out * config.skip),
-        "counts": 2 * ring(latents, 8) + ring(ranks, 4) + ring(data, width),
+        # l0, dead latents (for AuxK too), a batch's threshold, a wish to stop; which latents fired.
+        "counts": (2 + bool(config.auxk_coef)) * ring(latents, 8)
+        + (1 + batch) * ring(ranks, 4)
+        + ring(data, width),
     }
 
 

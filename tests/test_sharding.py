@@ -1,20 +1,30 @@
 """A training on shards is that of one process: selections to the bit, the rest to the rounding."""
 
 import dataclasses
+import errno
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
 import torch
 from common import randint, randn
 from ranks import run_ranks
 from torch import Tensor
 
-from fastsae import SAE, SAEConfig, checkpoint
+from fastsae import SAE, SAEConfig, SAEOutput, checkpoint, tensors
 from fastsae.config import TrainConfig
 from fastsae.data import open_source
-from fastsae.selection import AbsTopK, BatchTopK, MutualChoice, Selection, TopK
-from fastsae.sharding import Shards
+from fastsae.iterable import IterableSource
+from fastsae.selection import AbsTopK, BatchTopK, Matryoshka, MutualChoice, Selection, TopK
+from fastsae.sharding import Shards, exchanged
 from fastsae.train import Trainer
 
 D, F, N = 12, 48, 32
@@ -242,3 +252,220 @@ def resave(shards: Shards | None, name: str, run: str, to: str) -> int:
     trainer.out = Path(to)
     trainer.save()
     return trainer.step_count
+
+
+# ---- stops and failures ----
+
+
+def stop_at_5(shards: Shards, run: str) -> tuple[int, bool]:
+    trainer = trainer_of("topk", Path(run), shards)
+
+    def on_step(step: int, _: SAEOutput) -> None:
+        if step == 5 and shards.rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    figures = trainer.run(progress=False, on_step=on_step)
+    return trainer.step_count, bool(figures["interrupted"])
+
+
+def test_a_stop_of_one_rank_is_that_of_all(tmp_path: Path) -> None:
+    assert run_ranks(2, 2, stop_at_5, str(tmp_path)) == [(5, True)] * 4
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-5"
+    assert train(None, "topk", str(tmp_path), 12)["step"] == 12
+
+
+def save_where_rank_1_cannot(shards: Shards, run: str, where: str) -> str:
+    trainer = trainer_of("topk", Path(run), shards)
+    assert trainer.resume()
+    trainer.step(trainer._read(trainer._batches()))
+    real = tensors._write
+
+    def full(file: BinaryIO, t: Tensor) -> None:
+        if shards.rank == int(where):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, t)
+
+    tensors._write = full
+    with pytest.raises(OSError) as caught:
+        trainer.save()
+    tensors._write = real
+    shards.barrier()
+    assert sorted(p.name for p in Path(run).glob("step-*")) == ["step-4"]
+    trainer.save()  # there is room again
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["0", "1"])
+def test_a_rank_that_cannot_write_lets_none_save(where: str, tmp_path: Path, runs: Path) -> None:
+    shutil.copytree(runs / "topk" / "step-4", tmp_path / "step-4")
+    errors = run_ranks(2, 1, save_where_rank_1_cannot, str(tmp_path), where)
+    assert "No space left" in errors[int(where)]
+    assert "another rank could not write" in errors[1 - int(where)]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-5"
+
+
+REFUSED = {
+    "d_sae: expected a multiple of the 2 shards, got 47": lambda s: SAE(SAEConfig(D, 47), shards=s),
+    "a shard has d_sae = 24 latents: k: expected at most": lambda s: SAE(
+        SAEConfig(D, F, TopK(30)), shards=s
+    ),
+    "selection: expected one of abs-topk": lambda s: SAE(SAEConfig(D, F, Matryoshka(4)), shards=s),
+    "got topk with nested budgets": lambda s: SAE(SAEConfig(D, F, TopK(4, nested=(2,))), shards=s),
+    "multi_topk_coef: expected 0": lambda s: SAE(
+        SAEConfig(D, F, TopK(4), multi_topk_coef=0.1), shards=s
+    ),
+    "auxk: expected a variant with a ReLU": lambda s: SAE(
+        SAEConfig(D, F, TopK(4), auxk="saelens"), shards=s
+    ),
+    "batch_size: expected a multiple of 2 ranks, got 31": lambda s: trained(s, batch_size=31),
+    "expected adam or adam-lazy on shards, got torch-adam": lambda s: trained(
+        s, optimizer="torch-adam"
+    ),
+    "resample_every: expected 0 on shards, got 5": lambda s: trained(s, resample_every=5),
+    "expected rows by number": lambda s: Trainer(
+        SAE(SAEConfig(D, F, TopK(4)), shards=s),
+        IterableSource([randn(9, D)]),
+        TrainConfig(),
+    ),
+    "expected latents · data = 3 · 1 = 3 processes, got 2": lambda s: Shards(3, 1),
+    "latents: expected an integer of at least 1, got 0": lambda s: Shards(0, 2),
+}
+
+
+def trained(shards: Shards, **options: Any) -> Trainer:
+    sae = SAE(SAEConfig(D, F, TopK(4)), shards=shards)
+    return Trainer(sae, open_source(randn(64, D)), TrainConfig(**options))
+
+
+def refusals_of(shards: Shards) -> dict[str, str]:
+    found = {}
+    for expected, make in REFUSED.items():
+        with pytest.raises(ValueError) as caught:
+            make(shards)
+        found[expected] = str(caught.value)
+    return found
+
+
+def test_what_shards_cannot_do_is_refused() -> None:
+    for rank in run_ranks(2, 1, refusals_of):
+        for expected, got in rank.items():
+            assert expected in got
+
+
+# ---- what is exchanged ----
+
+EXCHANGES = {
+    "topk": (SAEConfig(D, F, TopK(5)), "adam"),
+    "lazy": (SAEConfig(D, F, TopK(5), auxk_coef=0), "adam-lazy"),
+    "wide": (SAEConfig(D, 2400, TopK(5)), "adam"),
+    "batchtopk": (SAEConfig(D, F, BatchTopK(5)), "adam"),
+    "transcoder": (SAEConfig(D, F, TopK(5), d_out=7, skip=True), "adam"),
+}
+
+
+def exchange(shards: Shards, name: str) -> dict[str, float]:
+    config, optimizer = EXCHANGES[name]
+    target = None if config.d_out is None else randn(300, config.d_out, seed=8)
+    source = open_source(randn(300, D, seed=7), target)
+    settings = TrainConfig(steps=9, batch_size=N, optimizer=optimizer)  # type: ignore[arg-type]
+    trainer = Trainer(SAE(config, shards=shards), source, settings)
+    trainer.initialize()
+    batches, stop = trainer._batches(), threading.Event()
+    shards.traffic.clear()
+    for _ in range(3):
+        assert not trainer._stops(stop)
+        trainer.step(trainer._read(batches))
+    assert all(seconds > 0 for _, seconds in shards.traffic.values())
+    return {what: n_bytes / 3 for what, (n_bytes, _) in shards.traffic.items()}
+
+
+def exchange_all(shards: Shards) -> dict[str, dict[str, float]]:
+    return {name: exchange(shards, name) for name in EXCHANGES}
+
+
+@meshes
+def test_what_is_exchanged_is_what_is_said(latents: int, data: int) -> None:
+    for rank in run_ranks(latents, data, exchange_all):
+        for name, (config, optimizer) in EXCHANGES.items():
+            settings = TrainConfig(batch_size=N, optimizer=optimizer)  # type: ignore[arg-type]
+            expected = exchanged(config, settings, latents, data)
+            for what, n_bytes in expected.items():
+                assert rank[name].get(what, 0) == pytest.approx(n_bytes), (name, what)
+
+
+def test_pairs_or_matrices_are_merged_whichever_are_less() -> None:
+    def merged(d_sae: int, **options: Any) -> float:
+        config = SAEConfig(64, d_sae, TopK(8), dtype=options.pop("dtype", "float32"))
+        return exchanged(config, TrainConfig(batch_size=1024, **options), 1, 2)["gradients"]
+
+    bias = 4 * 64  # of b_dec
+    assert merged(1 << 14) == bias + 512 * (4 * 128 + 12 * 8)
+    assert merged(16) == bias + 4 * 16 * 129
+    assert merged(16, optimizer="adam-lazy") == merged(16, dtype="bfloat16") == merged(1 << 14)
+
+
+# ---- the command ----
+
+
+def test_killed_rank_then_a_stop_then_one_process(tmp_path: Path) -> None:
+    """torchrun: a rank is killed; two go on from the checkpoint and are stopped; one ends it."""
+    run = tmp_path / "run"
+    data = tmp_path / "x.npy"
+    np.save(data, randn(2000, D).numpy())
+    options = ["--data", str(data), "--out", str(run), "--d-sae", "48", "--k", "4"]
+    options += ["--steps", "4000", "--batch-size", "64", "--checkpoint-every", "50", "--keep", "2"]
+    options += ["--eval-every", "4000", "--holdout", "128", "--resume"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--standalone", "-m", "fastsae", "train", *options, "--shard-latents", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+
+    def wait_for_a_checkpoint(after: int) -> int:
+        for _ in range(1200):
+            folder = checkpoint.latest(run)
+            step = 0 if folder is None else checkpoint.step_of(folder)
+            if step is not None and step > after:
+                return step
+            time.sleep(0.1)
+        raise AssertionError(f"no checkpoint after step {after}")
+
+    first = start()
+    step = wait_for_a_checkpoint(0)
+    workers = workers_of(first.pid)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    begun = time.monotonic()
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode != 0 and time.monotonic() - begun < 40
+    assert "rank 0 of 2 lost another one" in output, output
+    assert not list(run.glob("*.tmp"))
+    kept = checkpoint.latest(run)
+    assert kept is not None and (checkpoint.step_of(kept) or 0) >= step
+
+    second = start()
+    step = wait_for_a_checkpoint(checkpoint.step_of(kept) or 0)
+    second.send_signal(signal.SIGTERM)
+    output, _ = second.communicate(timeout=90)
+    assert "stopped after step" in output, output
+    saved = checkpoint.latest(run)
+    assert saved is not None and (checkpoint.step_of(saved) or 0) >= step
+    SAE.load(saved)
+
+    fewer = [sys.executable, "-m", "fastsae", "train", *options]
+    third = subprocess.run(fewer, capture_output=True, text=True, env=environment, timeout=300)
+    assert third.returncode == 0 and "held-out FVU" in third.stdout, third.stderr
+    without = subprocess.run(
+        [*fewer, "--shard-latents", "2"], capture_output=True, text=True, env=environment
+    )
+    assert without.returncode == 1
+    assert "expected 2 processes, got one: start it with torchrun" in without.stderr
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes that a process started, by rank."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for task in tasks for child in task.read_text().split())
