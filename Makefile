@@ -11,7 +11,8 @@ TEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 SOURCES := pyproject.toml setup.py constraints.txt $(CSRC)
 
-PEERS := saelens dictionary_learning sparsify
+PEERS := saelens dictionary_learning sparsify overcomplete
+INTEGRATIONS := saelens dictionary_learning sparsify
 
 SANITIZE := build/sanitize
 SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g
@@ -22,7 +23,7 @@ SANITIZED = cd $(SANITIZE) && PYTHONPATH=$(CURDIR)/$(SANITIZE)/package \
 
 .NOTPARALLEL:
 .PRECIOUS: .peers/%/installed .peers/%/installed-test
-.PHONY: help demo test test-compiled test-report test-integrations sanitize neon peers activations lint lint-python lint-types lint-cpp format clean
+.PHONY: help demo test test-compiled test-report test-integrations sanitize neon counts peers activations lint lint-python lint-types lint-cpp format clean
 
 help:
 	@echo "make demo      train a sparse autoencoder on the sample data and print its figures"
@@ -31,7 +32,8 @@ help:
 	@echo "make test-report  look at the report in a browser (Debian or Ubuntu: chromium)"
 	@echo "make sanitize  run the tests of the C++ kernels under ASan and UBSan (Linux, gcc)"
 	@echo "make neon      compare the bits of the C++ kernels with those on an emulated ARM"
-	@echo "make peers     install the libraries that bench/step.py compares with"
+	@echo "make counts    compare the C++ kernels' instruction counts with the committed ones (valgrind)"
+	@echo "make peers     install the libraries that bench/peers.py compares with"
 	@echo "make test-integrations  run the tests of fastsae inside these libraries"
 	@echo "make activations  make the larger sets of activations, in data/ (Debian or Ubuntu, npm)"
 	@echo "make lint      check formatting, style and types"
@@ -111,6 +113,13 @@ neon:
 	qemu-aarch64-static build/neon/arm > build/neon/arm.txt
 	diff build/neon/here.txt build/neon/arm.txt && cat build/neon/arm.txt
 
+# Of the AVX2 path: valgrind knows no AVX-512.
+counts: $(VENV)/installed
+	@mkdir -p build/counts
+	$(or $(CXX),g++) $(BITS_FLAGS) -DFASTSAE_HAS_X86_ISAS=1 -UFASTSAE_ISA -DFASTSAE_ISA=avx2 \
+		-mavx2 -mfma -mf16c $(BITS) -ldl -o build/counts/bits
+	$(BIN)/python bench/counts.py build/counts/bits $(COUNTS)
+
 clean:
 	rm -rf $(VENV) .peers build dist *.egg-info fastsae/*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -157,13 +166,13 @@ peers:
 	@{ $(PYTHON) -m venv .peers/$* && \
 		.peers/$*/bin/python -m pip install -r $< -c constraints.txt && \
 		.peers/$*/bin/python -m pip uninstall -y torchvision && \
-		.peers/$*/bin/python bench/peers.py $* --shape 64,32,512,8 --steps 1; \
+		.peers/$*/bin/python bench/peer.py $* --shape 64,32,512,8 --steps 1; \
 	} > .peers/$*/log 2>&1
 	@touch $@
 
 # fastsae in the environment of each peer, and the tests that need that peer.
-test-integrations: peers $(PEERS:%=.peers/%/installed-test)
-	@for peer in $(PEERS); do \
+test-integrations: peers $(INTEGRATIONS:%=.peers/%/installed-test)
+	@for peer in $(INTEGRATIONS); do \
 		echo "test-integrations: $$peer"; \
 		.peers/$$peer/bin/python -m pytest tests/integrations || exit 1; \
 	done

@@ -29,7 +29,6 @@ import json
 import multiprocessing
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -45,8 +44,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout is
 
 import torch
 import triton
+from clock import Clock
 from measure import Shape, parse_shape
 from roofline import SHAPES, add, kernel_costs
+from rows import Row, commit
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import embedding_bag
@@ -72,65 +73,6 @@ from fastsae.optim import Adam
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE_SHAPE: Shape = (3, 40, 16, 2)
 PART_SECONDS = 120  # for one row of a part: compiling is in it
-Row = dict[str, Any]
-
-
-class Clock:
-    """Times work on a device."""
-
-    def __init__(self, device: torch.device, repeats: int, seconds: float) -> None:
-        self.device, self.repeats, self.seconds = device, repeats, seconds
-        self.cuda = device.type == "cuda"
-        self.flushed = torch.empty(1 << 30 if self.cuda else 1, dtype=torch.int8, device=device)
-
-    def mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def ms(self, start: Any, end: Any) -> float:
-        if not self.cuda:
-            return (end - start) * 1e3
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    def synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def runs(self, work: Callable[[], list[Any]]) -> list[list[Any]]:
-        """The marks of as many runs as `seconds` allow, `repeats` at most and three at least."""
-        warm = self.once(work)
-        if not self.cuda:
-            return [warm]
-        torch.cuda.reset_peak_memory_stats()
-        marks = self.once(work)
-        ms = max(self.ms(marks[0], marks[-1]), 1e-3)
-        n_runs = min(self.repeats, max(3, int(self.seconds * 1e3 / ms)))
-        found = [self.once(work) for _ in range(n_runs)]
-        self.synchronize()
-        return found
-
-    def once(self, work: Callable[[], list[Any]]) -> list[Any]:
-        self.flushed.zero_()
-        return [self.mark(), *work(), self.mark()]
-
-    def time(self, work: Callable[[], object]) -> Row:
-        def unmarked() -> list[Any]:
-            work()
-            return []
-
-        return self.figures([(run[0], run[1]) for run in self.runs(unmarked)])
-
-    def figures(self, spans: list[tuple[Any, Any]]) -> Row:
-        ms = [self.ms(*span) for span in spans]
-        peak = torch.cuda.max_memory_allocated() - self.flushed.numel() if self.cuda else None
-        return {
-            **{"ms": statistics.median(ms), "min_ms": min(ms), "max_ms": max(ms), "runs": len(ms)},
-            "peak_bytes": peak,
-        }
 
 
 @dataclass
@@ -615,14 +557,6 @@ class Report:
             if field in row:
                 line += f"{field.upper()}: {row[field]} "
         print(line + str(row.get("note", "")), file=sys.stderr, flush=True)
-
-
-def commit() -> str:
-    git = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    except OSError:
-        return ""
 
 
 def run_tests(report: Report, out: Path, tests: list[str], seconds: float) -> None:

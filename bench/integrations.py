@@ -15,7 +15,6 @@ import contextlib
 import gc
 import importlib
 import importlib.metadata
-import os
 import statistics
 import sys
 import time
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Case, Shape, Side, memory, parse_shape, tokens, write_json
+from measure import Case, Shape, Side, Watch, memory, parse_shape, tokens
+from rows import add_outputs, machine, outputs, say_busy
 from torch import Tensor
 
 SHAPES: tuple[Shape, ...] = ((2048, 768, 24576, 32), (1024, 384, 131072, 32))
@@ -213,14 +213,18 @@ def rows_of(library: str, shapes: list[Shape], only: str, steps: int) -> Iterato
     for shape in shapes:
         for name, case in cases_of(library).items():
             if only in name:
+                with Watch() as watch:
+                    figures = measure_case(case, shape, steps)
                 yield {
+                    "bench": "integrations",
                     "library": library,
                     "version": importlib.metadata.version(LIBRARIES[library]),
                     "case": name,
                     **dict(zip("ndfk", shape, strict=True)),
                     "threads": torch.get_num_threads(),
-                    "load": round(os.getloadavg()[0], 2),
-                    **measure_case(case, shape, steps),
+                    **watch.columns(),
+                    **figures,
+                    **machine(),
                 }
 
 
@@ -245,7 +249,7 @@ def main() -> None:
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, the median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for stdout")
+    add_outputs(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     titles = ("case", "n,d,f,k", "before s", "after s", "ratio", "MB", "MB")
@@ -255,7 +259,8 @@ def main() -> None:
         for row in rows_of(args.library, args.shape or list(SHAPES), args.case, args.steps):
             rows.append(row)
             print_row(row)
-    write_json(rows, args.json)
+    say_busy(rows)
+    outputs(rows, args)
 
 
 if __name__ == "__main__":

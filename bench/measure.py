@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +23,31 @@ Shape = tuple[int, int, int, int]
 """N tokens a step, D width, F latents, K of them active."""
 Step = Callable[[torch.Tensor], torch.Tensor]
 """Trains on a batch [N, D] and returns the loss before the update."""
-Weights = Callable[[], torch.Tensor]
-"""The encoder's weights, [F, D]."""
-Build = Callable[[Shape, torch.Tensor], tuple[Step, Weights]]
-"""Makes the model, given the first batch."""
+
+
+class Start(NamedTuple):
+    """Initial weights for every provider."""
+
+    W_enc: torch.Tensor
+    """[F, D]; biases are 0."""
+    W_dec: torch.Tensor
+    """[F, D]"""
+
+
+class Model(NamedTuple):
+    """A provider's model with its optimiser."""
+
+    step: Step
+    W_enc: Callable[[], torch.Tensor]
+    """Its encoder's weights now, [F, D]."""
+    load: Callable[[Start], None]
+    reconstruct: Callable[[torch.Tensor], torch.Tensor]
+    """[N, D] → [N, D], as at inference."""
+
+
+Build = Callable[[Shape, torch.Tensor, float | None], Model]
+"""Makes the model, given the first batch and the learning rate: None is the provider's default,
+with its schedule; a number is kept from the first step on."""
 
 
 class Side(NamedTuple):
@@ -71,40 +92,84 @@ def memory(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}")
 
 
-def measure(build: Build, shape: Shape, steps: int) -> dict[str, Any]:
-    """The figures of a row: seconds of a step and of a product, their ratio, peak_bytes."""
-    n, d, f, k = shape
+class Watch:
+    """What else the machine did while a block ran, as two columns of its row.
+
+    load: the load average at the end; others: the cores that other processes took, on average
+    (Linux: what /proc/stat counts as work, that of this process and its children taken away).
+    """
+
+    def __enter__(self) -> Watch:
+        self.start = time.perf_counter()
+        self.own, self.all = self._own(), self._busy()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        own, work = self._own() - self.own, self._busy() - self.all
+        self.others = max(0.0, (work - own) / max(time.perf_counter() - self.start, 1e-3))
+
+    def columns(self) -> dict[str, float]:
+        return {"load": round(os.getloadavg()[0], 2), "others": round(self.others, 2)}
+
+    @staticmethod
+    def _own() -> float:
+        return sum(os.times()[:4])
+
+    @staticmethod
+    def _busy() -> float:
+        """Seconds of work of all cores: all that is not idle or waiting for a disk."""
+        ticks = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        user, nice, system, _, _, *interrupts = ticks
+        return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
+def spread(ms: list[float]) -> dict[str, float | int]:
+    """The figures of some runs: their median and range."""
+    return {
+        "ms": statistics.median(ms),
+        "min_ms": min(ms),
+        "max_ms": max(ms),
+        "runs": len(ms),
+    }
+
+
+def measure(build: Build, shape: Shape, steps: int, seconds: float = 5.0) -> dict[str, Any]:
+    """The figures of a row: ms of a step and of a product, their ratio, peak_bytes.
+
+    As many steps as `seconds` allow, three at least and `steps` at most.
+    """
+    n, d = shape[:2]
     torch.manual_seed(1)  # not the seed of anyone's weights: tokens must not be rows of W_enc
     batches = [torch.randn(n, d) for _ in range(4)]  # taken in turn, so that no cache is flattered
     before = memory("VmRSS")
-    step, weights = build(shape, batches[0])
+    model = build(shape, batches[0], None)
+    step = model.step
     first = step(batches[0])
     step(batches[1])
     # The layout of fastsae's weights, so that every provider has the same unit.
-    product = product_seconds(batches[0], weights().contiguous())
+    product = product_seconds(batches[0], model.W_enc().contiguous())
     Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
-    seconds = []
-    for i in range(steps):
-        start = time.perf_counter()
-        step(batches[i % 4])
-        seconds.append(time.perf_counter() - start)
+    ms: list[float] = []
+    with Watch() as watch:
+        for i in range(steps):
+            start = time.perf_counter()
+            step(batches[i % 4])
+            ms.append((time.perf_counter() - start) * 1e3)
+            if i >= 2 and sum(ms) > seconds * 1e3:
+                break
     peak = memory("VmHWM") - before
     last = step(batches[0])
-    product = min(product, product_seconds(batches[0], weights().contiguous()))
+    product = min(product, product_seconds(batches[0], model.W_enc().contiguous())) * 1e3
     if not torch.isfinite(last) or last == first:
         raise RuntimeError(f"this step does not train: the loss was {first} and is {last}")
     return {
-        "n": n,
-        "d": d,
-        "f": f,
-        "k": k,
-        "step_s": statistics.median(seconds),
-        "step_min_s": min(seconds),
-        "step_max_s": max(seconds),
-        "product_s": product,
-        "ratio": statistics.median(seconds) / product,
+        **dict(zip("ndfk", shape, strict=True)),
+        **spread(ms),
+        "product_ms": product,
+        "ratio": statistics.median(ms) / product,
         "peak_bytes": peak,
         "threads": torch.get_num_threads(),
+        **watch.columns(),
     }
 
 
@@ -118,12 +183,3 @@ def parse_shape(text: str) -> Shape:
             f"expected N,D,F,K (positive, K at most F), got {text!r}"
         ) from None
     return n, d, f, k
-
-
-def write_json(rows: list[Any], where: str | None) -> None:
-    """Rows as JSON to a file, or to stdout for "-"; nothing for None."""
-    text = json.dumps(rows, indent=1)
-    if where == "-":
-        print(text)
-    elif where:
-        Path(where).write_text(text + "\n")

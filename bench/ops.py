@@ -1,166 +1,132 @@
-"""Every operation of a training step on the CPU, beside eager torch and as a share of the product.
+"""Every operation of a step, on every backend, beside torch's ways and what the machine allows.
 
     python bench/ops.py --shape 2048,768,24576,32 --json -
 
-Product: `fastsae.timing.product_seconds`. An operation is timed in turns with its eager counterpart
-in this process, after their results were compared; medians. rate: products of the encoder's and
-sums over gathered rows in GFLOP/s, and what the operation must read and write of matrices in GB/s.
+First the machine's rates are measured (limits.py). Then, for each operation, every provider
+(operations.py) passes a gate, or its row says WRONG and has no time; then they are timed in turns,
+on inputs that take turns: median and range, as a multiple of the encoder product
+(`fastsae.timing.product_seconds`), the rates reached, and the share of the limit: how long the
+operation's products or its bytes take at the measured rates, whichever is longer. On a CPU, memory
+that malloc got stays with the process, for all providers: no first touch of pages is timed. The
+selection rules follow, at the first shape with a quarter of its tokens: plain forms are slow.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import ctypes
+import gc
+import os
 import sys
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from measure import Shape, parse_shape, write_json
-from step import SHAPES, machine
-from torch import Tensor
+from clock import Clock
+from limits import Rates, measure_rates
+from measure import Shape, Watch, parse_shape, product_seconds, spread
+from operations import Op, Operations, Run
+from rows import Row, add_outputs, machine, outputs, say_busy
+from rule_operations import RuleOperations
 
-from fastsae import cpu
-from fastsae.ops import RowGradient
-from fastsae.timing import product_seconds
-
-Run = Callable[[], Any]
-
-
-class Op(NamedTuple):
-    """What is timed: fastsae's way, torch's, and what they must do."""
-
-    name: str
-    ours: Run
-    eager: Run | None
-    flops: int
-    moved: int
-    """Bytes."""
+SHAPES: tuple[Shape, ...] = ((2048, 768, 24576, 32), (1024, 384, 131072, 32))
 
 
-def eager_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    top = torch.relu(torch.addmm(b, x, W.T)).topk(k)
-    return top.values, top.indices
+def keep_memory() -> None:
+    """malloc keeps what is freed and takes nothing by mmap (glibc), so that pages stay touched."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            libc.mallopt(option, value)
 
 
-def eager_rows(coef: Tensor, idx: Tensor, src: Tensor, f: int) -> Tensor:
-    terms = (coef[..., None] * src[:, None]).view(-1, src.shape[1])
-    return src.new_zeros(f, src.shape[1]).index_add_(0, idx.view(-1).long(), terms)
+def backends_of(device: torch.device) -> list[str]:
+    return ["cpu" if device.type == "cpu" else "triton", "reference"]
 
 
-def eager_decode(vals: Tensor, idx: Tensor, W: Tensor) -> Tensor:
-    return torch.nn.functional.embedding_bag(idx.long(), W, per_sample_weights=vals, mode="sum")
+def gate(op: Op, run: Run) -> str | None:
+    """Why a provider is not timed: WRONG, or an error; None where its result is right."""
+    try:
+        result = run(0)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    try:
+        op.check(result)
+    except AssertionError as error:
+        return f"WRONG: {' '.join(str(error).split())[:200]}"
+    return None
 
 
-def operations(shape: Shape) -> list[Op]:
-    n, d, f, k = shape
-    torch.manual_seed(1)
-    x, g = torch.randn(n, d), torch.randn(n, d)
-    W = torch.nn.functional.normalize(torch.randn(f, d))
-    b = torch.zeros(f)
-    vals, idx = cpu.encode(x, W, b, k)
-    one, pairs, row = x[:1], n * k, d * 4
-    touched = len(idx.unique())
-    dead = torch.arange(f // 10, dtype=torch.int32)
-    low = torch.full((f,), -1.0)
-    k_aux = min(d // 2, len(dead))
-    aux_vals, aux_idx = cpu.encode(x, W, low, k_aux, dead)
-    aux_pairs = int((aux_idx >= 0).sum())
-    gradient = [RowGradient(vals, idx, g, None)]
-    p, m, v = W.clone(), torch.zeros(f, d), torch.zeros(f, d)
-    last = torch.ones(f, dtype=torch.int32)
-
-    def adam(lazy: bool) -> Run:
-        hyper = (1e-4, 0.9, 0.999, 1e-8, 0.0, 1.0, 2, lazy)
-        return lambda: cpu.adam_(p, None, gradient, True, m, v, last, *hyper)
-
-    q = torch.nn.Parameter(W.clone())
-    q.grad = eager_rows(vals, idx, g, f)
-    torch_adam = torch.optim.Adam([q], fused=True)
-    product, weights = 2 * n * d * f, f * row
-    return [
-        Op(
-            "encode",
-            lambda: cpu.encode(x, W, b, k),
-            lambda: eager_topk(x, W, b, k),
-            product,
-            weights,
-        ),
-        Op("encode, fp32", lambda: cpu.encode(x, W, b, k, None, "fp32"), None, product, weights),
-        Op(
-            "encode, one token",
-            lambda: cpu.encode(one, W, b, k),
-            lambda: eager_topk(one, W, b, k),
-            product // n,
-            weights,
-        ),
-        Op(
-            "decode",
-            lambda: cpu.decode_fwd(vals, idx, W),
-            lambda: eager_decode(vals, idx, W),
-            2 * pairs * d,
-            pairs * row,
-        ),
-        Op(
-            "decode, error, dvals",
-            lambda: cpu.decode_error(vals, idx, W, None, g, None, False),
-            None,
-            4 * pairs * d,
-            pairs * row,
-        ),
-        Op("index", lambda: cpu.inverse_index(idx, f), None, 0, 3 * 4 * pairs),
-        Op(
-            "row gradients",
-            lambda: cpu.row_gradients(vals, idx, g, f)[0],
-            lambda: eager_rows(vals, idx, g, f),
-            2 * pairs * d,
-            pairs * row + weights,
-        ),
-        Op("adam, from pairs", adam(False), torch_adam.step, 0, 6 * weights),
-        Op("adam, lazy, from pairs", adam(True), None, 0, 6 * touched * row),
-        Op(
-            "auxk encode",
-            lambda: cpu.encode(x, W, low, k_aux, dead),
-            None,
-            2 * n * d * len(dead) + 2 * aux_pairs * d,
-            aux_pairs * row,
-        ),
-        Op(
-            "auxk decode, error, dvals",
-            lambda: cpu.decode_error(aux_vals, aux_idx, W, None, g, None, False),
-            None,
-            4 * aux_pairs * d,
-            aux_pairs * row,
-        ),
-    ]
+def measure_op(op: Op, clock: Clock, rates: Rates, product_ms: float) -> Iterator[Row]:
+    """A row for each provider."""
+    errors = {name: gate(op, run) for name, run in op.providers.items()}
+    right = {name: run for name, run in op.providers.items() if errors[name] is None}
+    with Watch() as watch:
+        times = clock.turns(right)
+    limit, bound = rates.limit(op.cost)
+    uncached = rates.uncached(op.cost)
+    for name in op.providers:
+        row: Row = {"bench": "ops", "op": op.name, "provider": name}
+        if errors[name]:
+            yield row | {"error": errors[name]}
+            continue
+        found = spread(times[name])
+        ms = found["ms"]
+        yield (
+            row
+            | found
+            | {
+                "product_ms": product_ms,
+                "ratio": ms / product_ms,
+                "flops": op.cost.flops,
+                "moved_bytes": op.cost.moved,
+                "named_bytes": max(op.cost.named, op.cost.moved),
+                "gflop_s": op.cost.flops / ms * 1e-6,
+                "gb_s": op.cost.moved / ms * 1e-6,
+                "limit_ms": limit,
+                "of_limit": limit / ms,
+                "bound": bound,
+                "uncached_ms": uncached,
+                "of_uncached": uncached / ms,
+                "note": op.note,
+                **watch.columns(),
+            }
+        )
 
 
-def seconds(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def measure_shape(
+    shape: Shape, ops: Iterable[Op], clock: Clock, rates: Rates, only: str
+) -> Iterator[Row]:
+    n, d, f, _ = shape
+    product = product_seconds(
+        torch.randn(n, d, device=clock.device), torch.randn(f, d, device=clock.device)
+    )
+    for op in ops:
+        if only in op.name:
+            for row in measure_op(op, clock, rates, product * 1e3):
+                yield dict(zip("ndfk", shape, strict=True)) | row | rates.columns()
+        torch.compiler.reset()
+        gc.collect()
 
 
-def check(op: Op) -> None:
-    """Raises where fastsae's result and torch's differ beyond rounding."""
-    if op.eager is None or op.name.startswith("adam"):
-        return  # tests/ compare these with the float64 reference
-    ours, eager = op.ours(), op.eager()
-    for a, e in zip(*((r if isinstance(r, tuple) else (r,)) for r in (ours, eager)), strict=True):
-        if a.is_floating_point():
-            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+HEADER = ("provider", "ms", "(range)", "÷product", "GFLOP/s", "GB/s", "of limit", "uncached", "")
 
 
-def measure(op: Op, repeats: int) -> dict[str, float | None]:
-    check(op)
-    runs = [run for run in (op.ours, op.eager) if run is not None]
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for run, found in zip(runs, times, strict=True):
-            found.append(seconds(run))
-    medians = [statistics.median(found) for found in times]
-    return {"ours_s": medians[0], "eager_s": medians[1] if len(medians) > 1 else None}
+def print_row(row: Row) -> None:
+    line = f"{row['op']:22} {row['provider']:24} "
+    if "error" in row:
+        line += row["error"]
+    else:
+        line += f"{row['ms']:9.2f} {row['min_ms']:8.2f}–{row['max_ms']:<8.2f} {row['ratio']:8.3f} "
+        line += f"{row['gflop_s']:8.1f} {row['gb_s']:6.1f} {row['of_limit']:8.0%} "
+        line += f"{row['of_uncached']:8.0%} "
+        if row["provider"].startswith("fastsae"):
+            in_memory = row["bound"] == "memory"
+            work, unit = (
+                row["moved_bytes" if in_memory else "flops"],
+                "GB" if in_memory else "GFLOP",
+            )
+            line += f" {work / 1e9:.3g} {unit}, {row['bound']}: {row['limit_ms']:.3g} ms"
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -170,30 +136,43 @@ def main() -> None:
     parser.add_argument(
         "--shape", type=parse_shape, action="append", metavar="N,D,F,K", help="may be repeated"
     )
-    parser.add_argument("--repeats", type=int, default=7, help="the median counts (default 7)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for stdout")
+    parser.add_argument(
+        "--backend", choices=("cpu", "triton", "reference"), action="append",
+        help="may be repeated (default: the device's and reference)",
+    )  # fmt: skip
+    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--op", default="", help="only operations whose name contains this")
+    parser.add_argument("--no-rules", action="store_true", help="leave the selection rules out")
+    parser.add_argument("--repeats", type=int, default=9, help="runs at most (default 9)")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="a provider's, but 3 runs at least (default 1)"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_outputs(parser)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keep_memory()
+    small = args.shape is not None and all(n * d * f < 1 << 28 for n, d, f, _ in args.shape)
+    rates = measure_rates(args.device, small=small)
+    backends = args.backend or backends_of(args.device)
+    clock = Clock(args.device, args.repeats, args.seconds)
+    print(rates.text(), f"{args.threads} threads, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
     rows = []
-    header = "{:26} {:>9} {:>9} {:>9} {:>9} {:>9}"
-    for shape in args.shape or SHAPES:
-        n, d, f, k = shape
-        product = product_seconds(torch.randn(n, d), torch.randn(f, d))
-        print(f"N {n}, D {d}, F {f}, K {k}: product {product * 1e3:.1f} ms", file=sys.stderr)
-        names = ("operation", "ms", "÷product", "eager ms", "GFLOP/s", "GB/s")
-        print(header.format(*names), file=sys.stderr)
-        for op in operations(shape):
-            found = measure(op, args.repeats)
-            ours, eager = found["ours_s"], found["eager_s"]
-            assert ours is not None
-            rates = {"gflops": op.flops / ours / 1e9, "gbytes_s": op.moved / ours / 1e9}
-            sizes = {"n": n, "d": d, "f": f, "k": k, "product_s": product}
-            rows.append({"op": op.name, **sizes, **found, **rates} | machine())
-            cells = (ours * 1e3, ours / product, eager and eager * 1e3, *rates.values())
-            texts = [
-                "-" if c is None else f"{c:.{3 if i == 1 else 1}f}" for i, c in enumerate(cells)
-            ]
-            print(header.format(op.name, *texts), file=sys.stderr)
-    write_json(rows, args.json)
+    shared = machine() | {"threads": args.threads}
+    for number, shape in enumerate(args.shape or SHAPES):
+        kinds: list[tuple[Any, Shape]] = [(Operations, shape)]
+        if not (args.no_rules or number):
+            kinds.append((RuleOperations, (max(shape[0] // 4, 1), *shape[1:])))
+        for kind, own in kinds:
+            line = "{:24} {:>9} {:>17} {:>8} {:>8} {:>6} {:>8} {:>8} {}".format(*HEADER)
+            print(f"{','.join(map(str, own)):22} {line}", file=sys.stderr)
+            ops = kind(own, args.device, backends)
+            for row in measure_shape(own, ops, clock, rates, args.op):
+                print_row(row)
+                rows.append(row | shared)
+            del ops
+    say_busy(rows)
+    outputs(rows, args)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ read at the same time; "merged" is the case that L2 binds it no more than torch'
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from measure import Shape, parse_shape, write_json
+from measure import Shape, parse_shape
+from rows import add_outputs, outputs
 
 from fastsae.kernels.adam import adam_cost
 from fastsae.kernels.checks import Cost
@@ -239,12 +239,6 @@ def print_tables(rows: list[dict[str, Any]], out: TextIO) -> None:
             print(line, file=out)
 
 
-def write_csv(rows: list[dict[str, Any]], file: TextIO) -> None:
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -266,21 +260,15 @@ def main() -> None:
     parser.add_argument(
         "--candidates", type=float, default=1.5, help="rescored for each of the k (default 1.5)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for stdout")
-    parser.add_argument("--csv", metavar="FILE", help="write the rows as CSV; - for stdout")
+    add_outputs(parser)
     args = parser.parse_args()
     rates = Rates(args.bf16, args.tf32, args.vector, args.hbm, args.l2)
     if min(*vars(rates).values(), args.candidates - 1) < 0 or 0 in vars(rates).values():
         parser.error("expected rates above 0 and at least 1 candidate for each of the k")
     shapes = args.shape or SHAPES
     rows = [row for shape in shapes for row in rows_of(shape, rates, args.candidates)]
-    print_tables(rows, sys.stderr if "-" in (args.json, args.csv) else sys.stdout)
-    write_json(rows, args.json)
-    if args.csv == "-":
-        write_csv(rows, sys.stdout)
-    elif args.csv:
-        with open(args.csv, "w", newline="") as file:
-            write_csv(rows, file)
+    print_tables(rows, sys.stderr if args.json == "-" else sys.stdout)
+    outputs(rows, args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What each selection rule reaches on real activations: FVU, dead share, L0 and its spread.
 
-    python bench/rules.py --data data/minilm_l3 --seeds 3 --json bench/results/rules-minilm.json
+    python bench/rules.py --data data/minilm_l3 --seeds 3 --csv bench/results/rules-minilm-l3.csv
 
 Every rule trains on the same rows with the same optimiser, learning rate and L0 (a budget, or a
 penalty steered to it), one seed of data order and initial weights each, and is evaluated on held
@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from measure import write_json
-from step import machine
+from measure import Watch
+from rows import add_outputs, machine, outputs, say_busy
 
 from fastsae import SAE, SAEConfig, Selection
 from fastsae.data import Source, in_order, open_source, split
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--dead-after", type=int, default=200_000, help="tokens")
     parser.add_argument("--holdout", type=int, default=20480)
-    parser.add_argument("--json", metavar="FILE")
+    add_outputs(parser)
     args = parser.parse_args()
     gradients = bool(args.rule) and any(Selection.rules[name].needs_gradient for name in args.rule)
     source = open_source(args.data, gradients=gradients)
@@ -98,11 +98,14 @@ def main() -> None:
     for name in names:
         settings = [text.partition("=") for text in args.set if text.startswith(f"{name}.")]
         parameters = {left.removeprefix(f"{name}."): value for left, _, value in settings}
-        rows += measure(name, parameters, train, holdout, args)
-        if args.json:  # as far as it has come: the whole takes long
-            shared = {"data": Path(args.data).name, "d_sae": args.d_sae, "k": args.k}
-            shared |= {"rows": args.rows, "batch_size": args.batch_size, "lr": args.lr}
-            write_json([row | shared | machine() for row in rows], args.json)
+        with Watch() as watch:
+            found = measure(name, parameters, train, holdout, args)
+        shared = {"data": Path(args.data).name, "d_sae": args.d_sae, "k": args.k}
+        shared |= {"rows": args.rows, "batch_size": args.batch_size, "lr": args.lr}
+        shared |= {"bench": "rules", **machine(), **watch.columns()}
+        rows += [row | shared for row in found]
+        outputs(rows, args)  # as far as it has come: the whole takes long
+    say_busy(rows)
     print(f"{'rule':16} {'FVU':>16} {'L0':>6} {'training L0':>11} {'dead':>6}")
     for name in names:
         of = [row for row in rows if row["rule"] == name]

@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 
 import torch
-from measure import Shape, parse_shape, product_seconds, write_json
-from step import machine
+from measure import Shape, Watch, parse_shape, product_seconds
+from rows import add_outputs, machine, outputs, say_busy
 
 from fastsae import SAE, SAEConfig, Selection
 from fastsae.data import Batch, open_source
@@ -143,29 +143,32 @@ def main() -> None:
     parser.add_argument("--rule", action="append", choices=sorted(Selection.rules))
     parser.add_argument("--steps", type=int, help="steps a rule (default 7; for --memory 20)")
     parser.add_argument("--memory", action="store_true", help="measure memory, not time")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for stdout")
+    add_outputs(parser)
     args = parser.parse_args()
     names = args.rule or sorted(Selection.rules)
-    if args.memory:
-        rows = []
-        for label, form in forms(names).items():
-            steps = args.steps or (2 if "dense" in label else 20)
-            rows.append(measure_memory(label, *form, args.shape or MEMORY_SHAPE, steps))
-            print(rows[-1], file=sys.stderr, flush=True)
-    else:
-        rows = measure_rules(args.shape or (2048, 768, 24576, 32), names, args.steps or 7)
-        print(
-            f"{'rule':18} {'pairs':>8} {'step s':>8} {'/ topk':>7} {'/ product':>9}",
-            file=sys.stderr,
-        )
-        for row in rows:
+    with Watch() as watch:
+        if args.memory:
+            rows = []
+            for label, form in forms(names).items():
+                steps = args.steps or (2 if "dense" in label else 20)
+                rows.append(measure_memory(label, *form, args.shape or MEMORY_SHAPE, steps))
+                print(rows[-1], file=sys.stderr, flush=True)
+        else:
+            rows = measure_rules(args.shape or (2048, 768, 24576, 32), names, args.steps or 7)
             print(
-                f"{row['rule']:18} {row['pairs']:8.1f} {row['step_s']:8.3f} {row['of_topk']:7.2f} "
-                f"{row['of_product']:9.2f}",
+                f"{'rule':18} {'pairs':>8} {'step s':>8} {'/ topk':>7} {'/ product':>9}",
                 file=sys.stderr,
             )
-    rows = [row | machine() for row in rows]
-    write_json(rows, args.json)
+            for row in rows:
+                print(
+                    f"{row['rule']:18} {row['pairs']:8.1f} {row['step_s']:8.3f} "
+                    f"{row['of_topk']:7.2f} {row['of_product']:9.2f}",
+                    file=sys.stderr,
+                )
+    kind = "selection-memory" if args.memory else "selection"
+    rows = [{"bench": kind} | row | machine() | watch.columns() for row in rows]
+    say_busy(rows)
+    outputs(rows, args)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import write_json
-from step import machine
+from measure import Watch
+from rows import add_outputs, machine, outputs, say_busy
 
 from fastsae import SAE, SAEConfig, TopK
 from fastsae.data import Batches, open_source
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the files are made; default: as tempfile"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for stdout")
+    add_outputs(parser)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -164,7 +164,9 @@ def main() -> None:
             print("no memory cgroup can be made here: files may be cached whole", file=sys.stderr)
         for kind, path in (("tensor", "x.npy"), ("npy", "x.npy"), ("shards", "shards")):
             procs = "" if group is None or kind == "tensor" else group[1]
-            row = measure(kind, folder / path, procs, args)
+            with Watch() as watch:
+                row = measure(kind, folder / path, procs, args)
+            row |= {"bench": "sources", **watch.columns()}
             row |= {"rows": args.rows, "d": args.d_in, "f": args.d_sae, "n": args.batch_size}
             row |= {"limit_gb": args.limit_gb if procs else None}
             rows.append(row)
@@ -175,7 +177,8 @@ def main() -> None:
         if group is not None:
             group[0].rmdir()
     rows = [row | machine() for row in rows]
-    write_json(rows, args.json)
+    say_busy(rows)
+    outputs(rows, args)
 
 
 if __name__ == "__main__":

@@ -7,32 +7,25 @@ biases, dead tracking, Adam. The dense provider does the same in plain torch. Pr
 `fastsae.timing.product_seconds`, before and after the steps, in the same process. Each provider
 runs in a process of its own, so that peak_bytes, the most memory resident during a step over what
 was resident before the model was made, is its own. Before it is timed, a provider's loss and
-gradients are compared with the float64 reference. The peer libraries (peers.py) follow where
-`make peers` has installed them.
+gradients are compared with the float64 reference: one that is wrong says WRONG and has no time.
+peers.py measures other libraries in the same way.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import multiprocessing
-import os
-import platform
-import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any, Literal
 
-import peers
 import torch
-from measure import Shape, Step, Weights, measure, parse_shape, write_json
+from measure import Build, Model, Shape, Start, Step, measure, parse_shape
+from ops import SHAPES
+from rows import Row, add_outputs, machine, outputs, say_busy
 
-from fastsae import SAE, SAEConfig, TopK, cpu
+from fastsae import SAE, SAEConfig, TopK
 from fastsae.data import Batch, open_source
 from fastsae.train import TrainConfig, Trainer
-
-SHAPES = ((2048, 768, 24576, 32), (1024, 384, 131072, 32))
 
 
 def trainer_step(
@@ -42,6 +35,7 @@ def trainer_step(
     options: list[str],
     dtype: Literal["float32", "float64"] = "float32",
     backend: str | None = None,
+    lr: float | None = None,
 ) -> tuple[Step, SAE]:
     """fastsae's own step. "auxk": a tenth of the latents counts as dead (see below)."""
     _, d, f, k = shape
@@ -59,20 +53,21 @@ def trainer_step(
         warmup_steps=0,
         optimizer=optimizer,
         clip=1.0 if "clip" in options else None,
+        lr=lr,
     )
     trainer = Trainer(sae, open_source(x), settings)
     return lambda batch: trainer.step(Batch(batch, None)).losses["mse"].detach(), sae
 
 
 def dense_step(
-    shape: Shape, x: torch.Tensor, optimizer: str, options: list[str]
+    shape: Shape, x: torch.Tensor, optimizer: str, options: list[str], lr: float | None = None
 ) -> tuple[Step, SAE]:
     """The same step as a careful user writes it in torch: dense products and torch.topk."""
     _, d, f, k = shape
     sae = SAE(SAEConfig(d, f, TopK(k)))
     assert sae.b_enc is not None
     adam = torch.optim.Adam(
-        sae.parameters(), lr=2e-4 / (f / 2**14) ** 0.5, eps=TrainConfig.eps, fused=True
+        sae.parameters(), lr=lr or 2e-4 / (f / 2**14) ** 0.5, eps=TrainConfig.eps, fused=True
     )
     since_fired = torch.zeros(f, dtype=torch.int64)
 
@@ -96,7 +91,7 @@ def dense_step(
     return step, sae
 
 
-PROVIDERS = {"fastsae": trainer_step, "torch-dense": dense_step}
+PROVIDERS: dict[str, Any] = {"fastsae": trainer_step, "torch-dense": dense_step}
 ROWS: tuple[tuple[str, str, list[str]], ...] = (
     ("fastsae", "adam", []),
     ("fastsae", "adam-lazy", []),
@@ -128,87 +123,78 @@ def check(provider: str, optimizer: str, options: list[str]) -> None:
 
 def measure_row(
     shape: Shape, provider: str, optimizer: str, options: list[str], steps: int, threads: int
-) -> dict[str, Any]:
+) -> Row:
     """One row of the table."""
     torch.set_num_threads(threads)
-    check(provider, optimizer, options)
-
-    def build(shape: Shape, x: torch.Tensor) -> tuple[Step, Weights]:
-        step, sae = PROVIDERS[provider](shape, x, optimizer, options)
-        return step, lambda: sae.W_enc.detach()
-
-    figures = measure(build, shape, steps)
-    return {"provider": provider, "optimizer": optimizer, "options": options} | figures
-
-
-def machine() -> dict[str, Any]:
-    """What a figure must be read with."""
-    name = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith(("model name", "CPU part"))
-        ),
-        platform.processor(),
-    )
+    row: Row = {"bench": "step", "provider": provider, "optimizer": optimizer, "options": options}
     try:
-        git = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(
-            git, capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout
-    except OSError:
-        commit = ""
-    return {
-        "cpu": name,
-        "isa": cpu.isas()[0] if cpu.available() else "none",
-        "torch": torch.__version__,
-        "fastsae": importlib.metadata.version("fastsae-engine"),
-        "commit": commit.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "load": round(os.getloadavg()[0], 2),
-    }
+        check(provider, optimizer, options)
+    except AssertionError as error:
+        lines = " ".join(str(error).split())[:200]
+        return row | dict(zip("ndfk", shape, strict=True)) | {"error": f"WRONG: {lines}"}
+
+    return row | measure(build_of(provider, optimizer, options), shape, steps)
 
 
-def print_row(row: dict[str, Any], options: str) -> None:
+def build_of(provider: str, optimizer: str, options: list[str]) -> Build:
+    def build(shape: Shape, x: torch.Tensor, lr: float | None) -> Model:
+        step, sae = PROVIDERS[provider](shape, x, optimizer, options, lr=lr)
+
+        def load(start: Start) -> None:
+            sae.W_enc.data.copy_(start.W_enc)
+            sae.W_dec.data.copy_(start.W_dec)
+
+        def reconstruct(batch: torch.Tensor) -> torch.Tensor:
+            return sae.decode(sae.encode(batch))
+
+        return Model(step, lambda: sae.W_enc.detach(), load, reconstruct)
+
+    return build
+
+
+def print_row(row: Row) -> None:
     """A line of the table."""
     shape = ",".join(str(row[size]) for size in "ndfk")
+    options = "defaults" if row["bench"] == "peers" else ",".join(row["options"])
     line = f"{row['provider']:20} {row['optimizer']:11} {options or '-':8} {shape:22} "
     if "error" in row:
         line += row["error"]
     else:
-        line += f"{row['step_s']:8.3f} {row['product_s']:9.3f} {row['ratio']:6.2f} "
-        line += f"{row['peak_bytes'] / 1e6:8.0f}"
+        line += f"{row['ms']:9.1f} {row['min_ms']:8.1f}–{row['max_ms']:<8.1f} "
+        line += f"{row['product_ms']:8.1f} {row['ratio']:6.2f} {row['peak_bytes'] / 1e6:8.0f}"
+    print(line, file=sys.stderr, flush=True)
+
+
+HEADER = ("provider", "optimizer", "options", "n,d,f,k", "ms", "(range)", "product", "ratio", "MB")
+
+
+def print_header() -> None:
+    line = "{:20} {:11} {:8} {:22} {:>9} {:>17} {:>8} {:>6} {:>8}".format(*HEADER)
     print(line, file=sys.stderr)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What step.py and peers.py have in common."""
+    parser.add_argument(
+        "--shape", type=parse_shape, action="append", metavar="N,D,F,K", help="may be repeated"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=7, help="timed steps at most, the median counts (default 7)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="default: torch's"
+    )
+    add_outputs(parser)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--shape", type=parse_shape, action="append", metavar="N,D,F,K", help="may be repeated"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=7, help="timed steps, the median counts (default 7)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="default: torch's"
-    )
-    parser.add_argument("--no-peers", action="store_true", help="leave the peer libraries out")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for stdout")
+    add_arguments(parser)
     args = parser.parse_args()
     rows = []
-    header = (
-        "provider",
-        "optimizer",
-        "options",
-        "n,d,f,k",
-        "step s",
-        "product s",
-        "ratio",
-        "peak MB",
-    )
-    print("{:20} {:11} {:8} {:22} {:>8} {:>9} {:>6} {:>8}".format(*header), file=sys.stderr)
+    print_header()
     context = multiprocessing.get_context("spawn")
     for shape in args.shape or SHAPES:
         for provider, optimizer, options in ROWS:
@@ -217,15 +203,9 @@ def main() -> None:
                     measure_row, (shape, provider, optimizer, options, args.steps, args.threads)
                 )
             rows.append(row | machine())
-            print_row(row, ",".join(options))
-        for peer in () if args.no_peers else peers.PEERS:
-            if not peers.installed(peer):
-                print(f"{peer:20} not installed: make peers", file=sys.stderr)
-                continue
-            row = peers.run(peer, shape, args.steps, args.threads)
-            rows.append(machine() | row)
-            print_row(row, "defaults")
-    write_json(rows, args.json)
+            print_row(row)
+    say_busy(rows)
+    outputs(rows, args)
 
 
 if __name__ == "__main__":

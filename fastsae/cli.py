@@ -1,4 +1,5 @@
-"""The command line: ``fastsae demo | train | plan | eval | report | harvest | convert | info``."""
+"""The command line: ``fastsae demo | train | plan | eval | report | harvest | convert | bench |
+info``."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import torch
 import tyro
 
 import fastsae
-from fastsae import SAEConfig, Selection, cpu, formats, ops, plan, runs
+from fastsae import SAEConfig, Selection, bench, cpu, formats, ops, plan, runs
 from fastsae.config import TrainConfig
 from fastsae.data import open_source, split
 from fastsae.harvest import HarvestConfig, harvest
@@ -293,6 +294,17 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Run the benchmarks of a checkout: ops, step, peers, scaling, integrations."""
+
+    arguments: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What to run, and options: fastsae bench --help."""
+
+    def run(self) -> None:
+        sys.exit(bench.run(self.arguments))
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions and which backends work here."""
 
@@ -371,6 +383,7 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Harvest, tyro.conf.subcommand("harvest")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -424,6 +437,8 @@ def main(args: list[str] | None = None) -> None:
     with _errors_in_one_line():
         args = sys.argv[1:] if args is None else args
         parameters: dict[str, Any] = {}
+        if args[:1] == ["bench"]:  # the options are bench/'s own
+            Bench(tuple(args[1:])).run()
         if args[:1] == ["train"]:
             rest, parameters = with_files(args[1:])
             args = ["train", *rest]

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -56,8 +57,9 @@ std::vector<uint16_t> in_bf16(const std::vector<float>& v) {
 
 }  // namespace
 
-int main() {
-  const int64_t n = 77, d = 203, f = 533, k = 9, threads = 2;
+int main(int argc, char** argv) {
+  const int threads = argc > 1 ? std::atoi(argv[1]) : 2;
+  const int64_t n = 77, d = 203, f = 533, k = 9;
   Numbers numbers;
   std::vector<float> x = numbers.take(n * d), w = numbers.take(f * d), b = numbers.take(f);
   for (int64_t i = 0; i < f; ++i)
@@ -87,6 +89,10 @@ int main() {
       decoded.add(error);
       decoded.add(xhat);
       decoded.add(dvals);
+      isa::decode_bwd_vals(codes, {x.data(), d, false}, dvals.data());
+      decoded.add(dvals);
+      isa::decode_fwd(codes, {xhat.data(), d, false});
+      decoded.add(xhat);
       print("decode_error", decoded);
       Hash rest;
       std::vector<float> kept(n * k);
@@ -164,5 +170,7 @@ int main() {
   updated.add(m);
   updated.add(v);
   updated.add(last);
+  isa::normalize_rows({rows.data(), d, false}, f, d, threads);
+  updated.add(rows);
   print("adam", updated);
 }

@@ -14,21 +14,22 @@ ROOT = Path(__file__).parent.parent
 FIELDS = {
     "provider": str,
     "optimizer": str,
-    "options": list,
     "n": int,
     "d": int,
     "f": int,
     "k": int,
-    "step_s": float,
-    "product_s": float,
+    "ms": float,
+    "product_ms": float,
     "ratio": float,
     "peak_bytes": int,
+    "load": float,
+    "others": float,
 }
 
 
 def test_step_prints_only_json_on_stdout() -> None:
     command = [sys.executable, "bench/step.py", "--shape", "64,32,512,8", "--json", "-"]
-    command += ["--steps", "3", "--no-peers"]
+    command += ["--steps", "3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
@@ -36,7 +37,8 @@ def test_step_prints_only_json_on_stdout() -> None:
     for row in rows:
         assert {name: type(row[name]) for name in FIELDS} == FIELDS
         assert (row["n"], row["d"], row["f"], row["k"]) == (64, 32, 512, 8)
-        assert row["ratio"] == row["step_s"] / row["product_s"]
+        assert row["ratio"] == row["ms"] / row["product_ms"]
+        assert row["min_ms"] <= row["ms"] <= row["max_ms"] and row["runs"] == 3
     assert "provider" in done.stderr
 
 

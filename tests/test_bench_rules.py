@@ -48,7 +48,7 @@ def test_what_rules_reach(tmp_path: Path) -> None:
     assert [(row["rule"], row["seed"]) for row in rows] == [
         (name, seed) for name in ("topk", "gated") for seed in (0, 1)
     ]
-    assert rows[2]["parameters"] == {"l1_coef": "0.02"}
+    assert rows[2]["parameters_l1_coef"] == "0.02"
     for row in rows:
         assert 0 < row["fvu"] < 1 and 0 <= row["dead_share"] < 1
         assert row["l0_5"] <= row["l0_50"] <= row["l0_95"]

@@ -620,4 +620,4 @@ def test_bench_measures_every_case() -> None:
     assert len({row["case"] for row in rows}) == len(rows) == 6
     for row in rows:
         assert [row[size] for size in "ndfk"] == [260, 16, 512, 4]
-        assert row["ratio"] == row["before"]["s"] / row["after"]["s"]
+        assert row["ratio"] == row["before_s"] / row["after_s"]

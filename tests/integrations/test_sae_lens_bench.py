@@ -23,8 +23,8 @@ def test_bench_measures_every_case() -> None:
     assert len(rows) == 7 and len({row["case"] for row in rows}) == 7
     for row in rows:
         assert [row[size] for size in "ndfk"] == [260, 16, 512, 4]
-        for side in (row["before"], row["after"]):
-            assert 0 < side["min_s"] <= side["s"] <= side["max_s"] < 10
+        for side in ("before", "after"):
+            assert 0 < row[f"{side}_min_s"] <= row[f"{side}_s"] <= row[f"{side}_max_s"] < 10
         assert row["ratio"] > 0
 
 
