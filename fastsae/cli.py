@@ -1,5 +1,6 @@
-"""The command line: ``fastsae demo | train | plan | eval | report | harvest | convert | bench |
-info``."""
+"""The command line: ``fastsae demo | train | plan | eval | report | harvest | convert | compare |
+encode | stitch | meta | bench | info``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,19 @@ import torch
 import tyro
 
 import fastsae
-from fastsae import SAEConfig, Selection, bench, cpu, formats, ops, plan, runs
+from fastsae import (
+    SAEConfig,
+    Selection,
+    bench,
+    consistency,
+    corpus,
+    cpu,
+    formats,
+    ops,
+    plan,
+    runs,
+    stitching,
+)
 from fastsae.config import TrainConfig
 from fastsae.data import open_source, split
 from fastsae.harvest import HarvestConfig, harvest
@@ -305,6 +318,105 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Say how much the dictionaries of runs have in common: PW-MCC, and shared latents."""
+
+    run_directories: tyro.conf.Positional[tuple[Path, ...]]
+    """Two or more of what train wrote, of one shape; or one, with --truth."""
+    truth: Path | None = None
+    """A .npy file of true directions, a row each; prints GT-MCC, too."""
+    method: str | None = None
+    """exact (needs scipy) or sparse; None: exact up to 32,768 latents."""
+    gap: float = 0.01
+    """How far from the best a sparse matching may be."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> None:
+        saes = [runs.sae_of(run) for run in self.run_directories]
+        truth = None if self.truth is None else open_source(self.truth)
+        figures = consistency.figures(saes, truth, method=self.method, gap=self.gap)
+        print(json.dumps(figures) if self.json else consistency.table(figures))
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Store the codes of activations, and the contexts each latent responds to most."""
+
+    data: tyro.conf.Positional[str]
+    """Activations, as for train."""
+    sae: Path
+    """What train wrote; of an unfinished run the newest checkpoint is taken."""
+    out: Path
+    """Folder of the set; one that was not finished goes on."""
+    contexts: int = 20
+    """Rows kept of each latent, those with its largest activations."""
+    shard_rows: int = 16384
+    """Rows of a shard."""
+    device: str = "cpu"
+    """Where the SAE runs."""
+
+    def run(self) -> None:
+        sae, source = runs.sae_of(self.sae).to(self.device), open_source(self.data)
+        options = {"contexts": self.contexts, "shard_rows": self.shard_rows}
+        found = corpus.encode_corpus(sae, source, self.out, **options, progress=True)
+        pairs, silent = int(found.counts.sum()), int((found.counts == 0).sum())
+        print(f"{found.n_rows:,} rows, {pairs:,} pairs (L0 {pairs / found.n_rows:.2f})")
+        print(f"{silent:,} of {found.n_latents:,} latents are silent")
+        print(self.out)
+
+
+@dataclass(frozen=True)
+class Stitch:
+    """Say what a larger SAE has that a smaller one of the same activations has not."""
+
+    small: tyro.conf.Positional[Path]
+    """What train wrote."""
+    large: tyro.conf.Positional[Path]
+    """The same, of an SAE with more latents."""
+    data: str | None = None
+    """Activations, as for train; None: the rows that the small one's run held out."""
+    threshold: float = stitching.NOVEL_BELOW
+    """The cosine up to which a latent is novel."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> None:
+        rows = runs.held_out(self.small) if self.data is None else open_source(self.data)
+        saes = runs.sae_of(self.small), runs.sae_of(self.large)
+        figures = asdict(stitching.stitching_figures(*saes, rows, self.threshold))
+        if self.json:
+            print(json.dumps(figures))
+        else:
+            for name, value in figures.items():
+                print(f"{name:27} {value:9,}" if type(value) is int else f"{name:27} {value:9.4f}")
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Train a meta-SAE: one whose data are the decoder rows of a run's SAE."""
+
+    run_directory: tyro.conf.Positional[Path]
+    """What train wrote."""
+    d_sae: int
+    """Number of meta-latents."""
+    out: Path
+    """Run directory, as of train; train --resume goes on with it."""
+    selection: str = "batchtopk"
+    """The rule that selects meta-latents."""
+    k: int = 4
+    """Active meta-latents a row."""
+    train: TrainOptions = TrainOptions(lr=2e-3)
+    """How it is trained."""
+
+    def run(self) -> None:
+        data = f"decoder:{self.run_directory}"
+        holdout = open_source(data).n_rows // 20
+        options = {"selection": self.selection, "k": self.k, "holdout": holdout}
+        Train(data, self.d_sae, self.out, **options, train=self.train).run()  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions and which backends work here."""
 
@@ -328,7 +440,10 @@ def finish(figures: dict[str, Any], out: Path) -> None:
 
 
 def _absolute(data: str | None) -> str | None:
-    return data if data is None or data.startswith("sample:") else str(Path(data).absolute())
+    if data is None or data.startswith("sample:"):
+        return data
+    kind = "decoder:" if data.startswith("decoder:") else ""
+    return kind + str(Path(data.removeprefix(kind)).absolute())
 
 
 def info() -> str:
@@ -383,6 +498,10 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Harvest, tyro.conf.subcommand("harvest")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Encode, tyro.conf.subcommand("encode")]
+    | Annotated[Stitch, tyro.conf.subcommand("stitch")]
+    | Annotated[Meta, tyro.conf.subcommand("meta")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )

@@ -43,6 +43,8 @@ from torch import Tensor
 from fastsae.contexts import Contexts, sample_contexts, set_contexts
 from fastsae.files import RowFile
 from fastsae.shards import ActivationSet
+from fastsae.sums import unit_rows
+from fastsae.tensors import read_tensors
 
 RowIndex = npt.NDArray[np.int64]
 
@@ -219,8 +221,9 @@ def open_source(
 
     ``spec`` is one of: a tensor [rows, D] (float16, bfloat16, float32, float64; any device); the
     path of a C-order 2-D ``.npy`` file (float16, float32, float64) or of a folder that ``fastsae
-    harvest`` wrote, which stay there; ``"sample:NAME"`` with a name of ``SAMPLES``; a
-    ``Source``. ``gradients`` pairs the rows with those stored in the folder. Values are checked as
+    harvest`` wrote, which stay there; ``"sample:NAME"`` with a name of ``SAMPLES``;
+    ``"decoder:FOLDER"``, the decoder rows at norm 1 of the SAE saved there; a ``Source``.
+    ``gradients`` pairs the rows with those stored in the folder. Values are checked as
     they are read.
 
     TypeError: another kind of spec or dtype. ValueError: everything else that is wrong with it, a
@@ -234,6 +237,8 @@ def open_source(
         sample = load_sample(spec.removeprefix("sample:"))
         contexts = sample_contexts(sample.ctx, _SAMPLE_DIR / f"{sample.name}.vocab.json")
         source = replace(_tensor_source(sample.x, spec), contexts=contexts)
+    elif isinstance(spec, str) and spec.startswith("decoder:"):
+        source = _tensor_source(_decoder_rows(Path(spec.removeprefix("decoder:"))), spec)
     elif isinstance(spec, str | os.PathLike):
         path = Path(spec)
         source = _set_source(path, gradients) if os.path.isdir(path) else _npy_source(path)
@@ -253,6 +258,14 @@ def open_source(
             f"got {paired.n_rows} rows in {paired.name}"
         )
     return replace(source, target=paired)
+
+
+def _decoder_rows(folder: Path) -> Tensor:
+    path = folder / "sae.safetensors"
+    tensors = read_tensors(path)
+    if "W_dec" not in tensors:
+        raise ValueError(f"{path}: expected a tensor W_dec, got none")
+    return unit_rows(tensors["W_dec"], f"{path}: W_dec")
 
 
 def permutation(n: int, seed: int, purpose: int = _SHUFFLE, epoch: int = 0) -> RowIndex:

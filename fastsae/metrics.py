@@ -90,8 +90,12 @@ class FVU:
         """FVU so far; NaN where the rows are all equal. ValueError: no row yet."""
         if self._total.n_rows == 0:
             raise ValueError("expected at least one row to evaluate, got none")
-        variance = float(self._total.scatter)
-        return self._error / variance if variance > 0 else float("nan")
+        return self._error / self.variance if self.variance > 0 else float("nan")
+
+    @property
+    def variance(self) -> float:
+        """Σ‖x_n - x̄‖² so far, the denominator."""
+        return float(self._total.scatter)
 
     @property
     def explained_variance(self) -> float:

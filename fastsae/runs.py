@@ -167,14 +167,12 @@ def evaluate_run(run: Path, data: str | None, target: str | None) -> dict[str, A
     On all rows of data, or, where it is None, on the rows that the run held out. ValueError: there
     is none, or the data do not fit.
     """
-    sae = _sae_of(run)
+    sae = sae_of(run)
     gradients = sae.config.selection.needs_gradient
     if data is not None:
         rows = open_source(data, target, gradients=gradients)
     else:
-        rows = _split_of(run, gradients)[1]
-        if not rows.n_rows:
-            raise ValueError(f"{run}: expected data, as the run held no rows out")
+        rows = held_out(run, gradients)
     return evaluate(sae, rows)
 
 
@@ -184,17 +182,26 @@ def report_run(run: Path, data: str | None) -> Path:
     Latents are measured on rows of data, or, where it is None, on those that the run held out and
     then on those that it trained on. ValueError: as `evaluate_run`.
     """
-    sae = _sae_of(run)
+    sae = sae_of(run)
     if data is not None:
         return write_report(run, sae, open_source(data))
     rows, holdout = _split_of(run, gradients=False)
     return write_report(run, sae, holdout, rows)
 
 
-def _sae_of(run: Path) -> SAE:
+def sae_of(run: Path) -> SAE:
+    """A run's final SAE, its newest checkpoint's, or a saved SAE. ValueError: there is none."""
     if (run / "sae.safetensors").exists():
         return SAE.load(run)
     return checkpoint.load_sae(checkpoint.latest(run) or run)
+
+
+def held_out(run: Path, gradients: bool = False) -> Source:
+    """The rows that a run held out. ValueError: there are none."""
+    rows = _split_of(run, gradients)[1]
+    if not rows.n_rows:
+        raise ValueError(f"{run}: expected data, as the run held no rows out")
+    return rows
 
 
 def _split_of(run: Path, gradients: bool) -> tuple[Source, Source]:

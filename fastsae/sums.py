@@ -59,3 +59,12 @@ class RowNormFunction(Function):
 def row_norms(W: Tensor, *, backend: str | None = None) -> Tensor:
     """‖W[i]‖ (F), float32 or wider; its gradient goes to an optimiser as a RowGradient."""
     return RowNormFunction.apply(W, resolve(backend, W))
+
+
+def unit_rows(rows: Tensor, name: str = "rows", dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows (n, D) at norm 1, zeros where they are 0; a constant. ValueError: not finite."""
+    rows = rows.detach().to(dtype)
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if not bool(norms.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers")
+    return rows / norms.where(norms > 0, 1)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastsae import SAE
+from fastsae import SAE, SAEConfig, TopK
+from fastsae.cli import main
 from fastsae.data import open_source
 from fastsae.train import evaluate
 
@@ -252,3 +253,27 @@ def test_info_names_every_backend() -> None:
     for backend in ("reference", "cpu", "triton"):
         assert any(line.startswith(backend) for line in text.splitlines())
     assert "instruction set" in text
+
+
+def test_what_compares_runs_refuses_in_one_line(acts: Path, tmp_path: Path) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    SAE(SAEConfig(24, 32, TopK(3))).save(small)
+    SAE(SAEConfig(24, 48, TopK(3))).save(large)
+    codes, meta = tmp_path / "codes", tmp_path / "meta"
+    cases = (
+        (("compare", small), "expected at least two runs to compare, got 1"),
+        (("compare", small, large), "expected runs of one shape, (32, 24), got (48, 24)"),
+        (("compare", small, tmp_path), "expected a file config.json, got none"),
+        (("stitch", small, large), "run.json: no such file"),
+        (("stitch", small, large, "--data", acts, "--threshold", 2), "threshold: expected"),
+        (("encode", "no.npy", "--sae", small, "--out", codes), "no.npy: no such file"),
+        (("encode", acts, "--sae", small, "--out", codes, "--contexts", 0), "contexts"),
+        (("meta", small, "--d-sae", 8, "--k", 9, "--out", meta), "expected at most d_sae = 8"),
+        (("meta", acts.parent, "--d-sae", 8, "--out", meta), "sae.safetensors: no such file"),
+    )
+    for arguments, message in cases:
+        with pytest.raises(SystemExit) as refused:
+            main([*map(str, arguments)])
+        said = str(refused.value.code)
+        assert said.startswith("fastsae: error: ") and message in said and "\n" not in said
+    assert not codes.exists() and not meta.exists()

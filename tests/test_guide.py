@@ -1,44 +1,67 @@
-"""docs/guide.md, run as it stands: its commands in a shell, its Python in one namespace."""
+"""Pages of docs/, run as they stand: their commands in a shell, their Python in one namespace."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-GUIDE = Path(__file__).parent.parent / "docs" / "guide.md"
+from fastsae import SAE
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
-def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
-    assert [kind for kind, _ in blocks].count("sh") >= 4 and len(blocks) >= 8
-    monkeypatch.chdir(tmp_path)
-    # The command is there wherever the tests run, also from a source tree.
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The command is there wherever the tests run, also from a source tree."""
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "fastsae"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fastsae "$@"\n')
     command.chmod(0o755)
-    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
-    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
     threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_page(page: str) -> tuple[list[str], dict[str, Any], str]:
+    """The kinds of its blocks, the names that its Python leaves, and what its commands said."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.M)
+    names: dict[str, Any] = {}
     said = ""
     for kind, text in blocks:
         if kind == "python":
-            exec(compile(text, str(GUIDE), "exec"), names)
+            exec(compile(text, page, "exec"), names)
         else:
-            done = subprocess.run(
-                ["sh", "-e", "-c", text],
-                env={**os.environ, "PATH": path},
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
+            command = ["sh", "-e", "-c", text]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{text}\n{done.stderr}"
             said += done.stdout
-    torch.set_num_threads(threads)
+    return [kind for kind, _ in blocks], names, said
+
+
+def test_the_guide_runs() -> None:
+    kinds, names, said = run_page("guide.md")
+    assert kinds.count("sh") >= 4 and len(kinds) >= 8
     assert said.count("held-out FVU of PCA") == 5 and '"fvu": ' in said
     assert names["codes"].n_latents == 1024 and names["trainer"].step_count == 100
+
+
+def test_the_page_on_consistency_runs() -> None:
+    kinds, names, said = run_page("consistency.md")
+    assert kinds.count("sh") == 6 and kinds.count("python") == 4
+    assert said.count("PW-MCC") == 2 and said.count("GT-MCC") == 2
+    (pair,) = json.loads(next(line for line in said.splitlines() if line.startswith("{")))["pairs"]
+    assert pair["mcc"] == names["pair"].decoder.mean and pair["shared"] == names["pair"].shared()
+    figures = dict(re.findall(r"^(fvu_\w+|novel|replaced) +([\d.,]+)$", said, re.M))
+    assert 0 < int(figures["novel"]) <= 1024
+    assert float(figures["fvu_large"]) < float(figures["fvu_small"]) < 1
+    assert names["codes"].n_latents == 256 and len(names["rows"]) == 20
+    assert SAE.load("runs/meta").config.d_in == 384

@@ -7,7 +7,7 @@ second keeps where these fire. Memory: a few numbers a latent and a row, the cod
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastsae.codes import Codes
 from fastsae.contexts import PAD, REACH
+from fastsae.corpus import MAX_BATCH_PAIRS, batches_of_codes
 from fastsae.data import RowIndex, Source, permutation
+from fastsae.latent_index import TopContexts
 from fastsae.sae import SAE
 
 Floats = npt.NDArray[np.float64]
@@ -28,7 +29,7 @@ MAX_ROWS = 1 << 15
 GROUPS = (("most frequent", 6), ("rarest that fire", 6), ("random", 8))
 CONTEXTS = 6  # a latent
 _TOKENS = 4  # a latent, those it fires on most
-_BATCH_ROWS, _BATCH_PAIRS = 4096, 1 << 23
+_BATCH_PAIRS = MAX_BATCH_PAIRS
 _COSINE_PAIRS = 1 << 26  # queries × latents
 _MIN_QUERIES = 256
 
@@ -103,7 +104,7 @@ def portray(sae: SAE, sources: Sequence[Source], max_rows: int = MAX_ROWS) -> Po
     try:
         counts = np.zeros(sae.config.d_sae, np.int64)
         l0 = []
-        for codes in _batches_of_codes(sae, views):
+        for codes in batches_of_codes(sae, views, _BATCH_PAIRS):
             counts += codes.firing_counts().cpu().numpy()
             l0.append(codes.l0().cpu().numpy())
         latents = _look_at(sae, views, counts)
@@ -159,23 +160,6 @@ def nearest_cosines(W_dec: Tensor, max_pairs: int = _COSINE_PAIRS) -> Floats:
     return np.concatenate(best)
 
 
-def _batches_of_codes(sae: SAE, sources: Sequence[Source]) -> Iterator[Codes]:
-    """All rows in order. A batch is as large as the codes of the one before allow."""
-
-    def size(pairs_a_row: int) -> int:
-        return max(1, min(_BATCH_ROWS, _BATCH_PAIRS // max(1, pairs_a_row)))
-
-    n = size(sae.config.d_sae)
-    for source in sources:
-        first = 0
-        while first < source.n_rows:
-            x = source.rows(np.arange(first, min(first + n, source.n_rows)))
-            codes = sae.encode(x.to(sae.W_dec.device))
-            yield codes
-            first += len(x)
-            n = size(codes.idx.numel() // len(x))
-
-
 def _look_at(
     sae: SAE, sources: Sequence[Source], counts: npt.NDArray[np.int64]
 ) -> tuple[Latent, ...]:
@@ -184,20 +168,21 @@ def _look_at(
     place[[latent for latent, _ in chosen]] = torch.arange(len(chosen))
     place = place.to(sae.W_dec.device)
     found, first = [], 0
-    for codes in _batches_of_codes(sae, sources):
+    for codes in batches_of_codes(sae, sources, _BATCH_PAIRS):
         at = place[codes.idx.reshape(-1).long()]
         hit = ((at >= 0) & (codes.vals.reshape(-1) != 0)).nonzero()[:, 0]
-        pairs = (at[hit], codes.token_ids()[hit] + first, codes.vals.reshape(-1)[hit].double())
+        pairs = (at[hit], codes.token_ids()[hit] + first, codes.vals.reshape(-1)[hit].float())
         found.append([t.cpu().numpy() for t in pairs])
         first += codes.n_tokens
     places, rows, values = (np.concatenate(column) for column in zip(*found, strict=True))
+    tops = TopContexts(len(chosen), CONTEXTS)
+    tops.update(places, rows, values)
     starts = np.cumsum([0] + [source.n_rows for source in sources])
     latents = []
     for i, (latent, group) in enumerate(chosen):
-        here = np.flatnonzero(places == i)
-        top = here[np.argsort(-np.abs(values[here]), kind="stable")[:CONTEXTS]]
-        examples = [_example(sources, starts, int(rows[j]), float(values[j])) for j in top]
-        tokens = _tokens(sources, starts, rows[here])
+        top = zip(tops.rows[i].tolist(), tops.values[i].tolist(), strict=True)
+        examples = [_example(sources, starts, row, value) for row, value in top if row >= 0]
+        tokens = _tokens(sources, starts, rows[places == i])
         latents.append(Latent(latent, group, int(counts[latent]), tuple(examples), tokens))
     return tuple(latents)
 
