@@ -424,17 +424,19 @@ def test_killed_rank_then_a_stop_then_one_process(tmp_path: Path) -> None:
             torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
 
-    def wait_for_a_checkpoint(after: int) -> int:
-        for _ in range(1200):
+    def wait_for_a_checkpoint(process: subprocess.Popen[str], after: int) -> int:
+        end = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < end:
             folder = checkpoint.latest(run)
             step = 0 if folder is None else checkpoint.step_of(folder)
             if step is not None and step > after:
                 return step
             time.sleep(0.1)
-        raise AssertionError(f"no checkpoint after step {after}")
+        process.kill()
+        raise AssertionError(f"no checkpoint after step {after}: {process.communicate()[0]}")
 
     first = start()
-    step = wait_for_a_checkpoint(0)
+    step = wait_for_a_checkpoint(first, 0)
     workers = workers_of(first.pid)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
@@ -447,7 +449,7 @@ def test_killed_rank_then_a_stop_then_one_process(tmp_path: Path) -> None:
     assert kept is not None and (checkpoint.step_of(kept) or 0) >= step
 
     second = start()
-    step = wait_for_a_checkpoint(checkpoint.step_of(kept) or 0)
+    step = wait_for_a_checkpoint(second, checkpoint.step_of(kept) or 0)
     second.send_signal(signal.SIGTERM)
     output, _ = second.communicate(timeout=90)
     assert "stopped after step" in output, output
