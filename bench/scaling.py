@@ -5,8 +5,8 @@
 
 Widths (F = 2¹⁴ … 2²¹ where no shape is given): a step of the Trainer with lazy Adam, its parts, the
 most memory that its process held beside what `fastsae plan` says, and the same of dense torch,
-beside one dense encoder product, made in blocks where N×F would not fit. Each is a process of its own under a limit
-on memory (--limit-gb, RLIMIT_DATA), until it runs out: then the row says so.
+beside one dense encoder product, made in blocks where N×F would not fit. Each is a process of its
+own under a limit on memory (--limit-gb, RLIMIT_DATA), until it runs out: then the row says so.
 
 --ranks: the latents on P processes over gloo (`fastsae.sharding`), each with the cores ÷ P threads.
 What a rank receives in a step by exchange, counted and in seconds, the share of the step, and what

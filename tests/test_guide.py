@@ -19,13 +19,15 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command is there wherever the tests run, also from a source tree."""
-    (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin" / "fastsae"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fastsae "$@"\n')
-    command.chmod(0o755)
+    """The commands are there wherever the tests run, also from a source tree."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, module in (("fastsae", "fastsae"), ("torchrun", "torch.distributed.run")):
+        command = folder / name
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+        command.chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -52,6 +54,13 @@ def test_the_guide_runs() -> None:
     assert kinds.count("sh") >= 4 and len(kinds) >= 8
     assert said.count("held-out FVU of PCA") == 5 and '"fvu": ' in said
     assert names["codes"].n_latents == 1024 and names["trainer"].step_count == 100
+
+
+def test_the_page_on_very_wide_dictionaries_runs() -> None:
+    kinds, names, said = run_page("wide.md")
+    assert kinds == ["sh", "sh", "sh", "python"]
+    assert "received in a step" in said and said.count("held-out FVU of PCA") == 2
+    assert len(names["sae"].latents) == 6144
 
 
 def test_the_page_on_consistency_runs() -> None:
