@@ -121,7 +121,7 @@ class Trainer:
         """
         sae, optimizer, config = self.sae, self.optimizer, self.config
         sae.train()
-        sae.progress = min(1.0, self.step_count / config.steps)
+        self._tell_progress()
         batch = self._moved(batch)
         optimizer.zero_grad()
         all_finite = torch.ones((), dtype=torch.bool, device=batch.x.device)
@@ -166,6 +166,10 @@ class Trainer:
                 sae, optimizer, batch.x, batch.target, seed=seed, parts=config.accumulate
             )
         return output
+
+    def _tell_progress(self) -> None:
+        """Tells the SAE how far the training is, which the schedules of rules depend on."""
+        self.sae.progress = min(1.0, self.step_count / self.config.steps)
 
     def _moved(self, batch: Batch) -> Batch:
         device = self.sae.W_dec.device
@@ -279,6 +283,7 @@ class Trainer:
                     log.bar.set_postfix(loss=f"{line['loss']:.4f}", dead=line["n_dead"])
                     log.write({**self._place(), **line})
                     self.log_bytes = log.n_bytes
+                self._tell_progress()
                 if self.holdout is not None and (last or self.step_count % eval_every == 0):
                     with self._not_to_blame():
                         figures = self.evaluate(self.holdout, lambda: self._stops(stop))
@@ -288,7 +293,7 @@ class Trainer:
                 self.log_bytes = log.n_bytes
                 if self.out is not None and self.step_count % config.checkpoint_every == 0:
                     self.save()
-            self.sae.progress = min(1.0, self.step_count / config.steps)
+            self._tell_progress()
             interrupted = self.step_count < config.steps
             if self.out is None or not self.step_count:
                 self.check_finite()
