@@ -159,8 +159,11 @@ class TrainConfig:
     """Scale the activations to a mean variance of 1 a coordinate (measured on init_rows rows)."""
     b_dec: Literal["geometric_median", "mean", "zero"] = "geometric_median"
     """Where b_dec starts."""
+    fit_encoder: bool = False
+    """Scale the encoder at the start so that its codes reconstruct init_rows best: very wide
+    dictionaries start far too long without (`fastsae.SAE.initialize_from_`)."""
     init_rows: int = 8192
-    """Training rows that the scale and b_dec are measured on."""
+    """Training rows that the scale, b_dec and the encoder's scale are measured on."""
     resample_every: int | None = None
     """Steps between new starts of dead latents where the error is large; None: never."""
     ema: float | None = None

@@ -447,12 +447,16 @@ class SAE(nn.Module):
         *,
         scale: bool = True,
         b_dec: Literal["geometric_median", "mean", "zero"] = "geometric_median",
+        fit_encoder: bool = False,
     ) -> None:
         """Sets the start from a sample of activations x (n, D) and targets (n, D_out).
 
         With scale, the coordinates of x' = s·x have a variance of 1 on average, so that the mse is
         a fraction of the variance and learning rates and coefficients mean the same on any data.
-        b_dec starts at a centre of the (scaled) target; a rule may adapt what it starts with.
+        b_dec starts at a centre of the (scaled) target; a rule may adapt what it starts with. With
+        fit_encoder, activations are scaled by the one factor that reconstructs the sample best: the
+        most active of very many random latents point the same way, and what they decode to together
+        is too long by far.
         """
         if b_dec not in B_DEC_STARTS:
             raise ValueError(f"b_dec: expected one of {', '.join(B_DEC_STARTS)}, got {b_dec!r}")
@@ -474,9 +478,26 @@ class SAE(nn.Module):
         elif b_dec == "mean":
             self.b_dec.copy_(_mean(y, self.backend))
         self.config.selection.start_(self._call(self._scaled(x), None))
+        if fit_encoder:
+            self._fit_encoder_(x, y)
         if self.shards is not None:  # that processors differ must not let the ranks drift apart
             replicated = [t for name, t in self.state_dict().items() if name not in BY_LATENT]
             self.shards.equalize_(replicated)
+
+    def _fit_encoder_(self, x: Tensor, y: Tensor) -> None:
+        """h ← s·h with the s > 0 that minimises Σ‖y - b_dec - s·W_dec z‖², y being scaled."""
+        product = square = 0.0
+        for tokens, target in zip(x.split(4096), y.split(4096), strict=True):
+            decoded = self._decoded(self.encode(tokens, training=False), None)
+            centred = target - self._wide(self.b_dec)
+            product += float(total(decoded * centred, backend=self.backend))
+            square += float(total(decoded.square(), backend=self.backend))
+        if product > 0:
+            factor = product / square
+            for p in (self.W_enc, self.b_enc):
+                if p is not None:
+                    p.mul_(factor)
+            self.config.selection.rescale_(self.selection_state, factor)
 
     @torch.no_grad()
     def fold_scale_(self) -> SAE:

@@ -108,7 +108,10 @@ class Trainer:
         if self.source.n_rows is not None:
             n = min(n, self.source.n_rows)
         x, target, _ = self._moved(next(self.source.batches(n, self.config.seed)))
-        self.sae.initialize_from_(x, target, scale=self.config.scale, b_dec=self.config.b_dec)
+        c = self.config
+        self.sae.initialize_from_(
+            x, target, scale=c.scale, b_dec=c.b_dec, fit_encoder=c.fit_encoder
+        )
         if self.ema is not None:
             self.ema.restart()
 

@@ -169,6 +169,21 @@ def test_codes_are_valid_and_only_training_moves_the_state(name: str) -> None:
 
 
 @ALL
+def test_a_fitted_encoder_scales_codes_to_the_best_reconstruction(name: str) -> None:
+    x = inputs()[0]
+    plain, fitted = make(RULES[name], "cpu"), make(RULES[name], "cpu")
+    plain.initialize_from_(x)
+    fitted.initialize_from_(x, fit_encoder=True)
+    before, after = (sae.encode(x, training=False).to_dense() for sae in (plain, fitted))
+    factor = float((after * before).sum() / before.square().sum())
+    assert factor > 0 and abs(factor - 1) > 0.05
+    torch.testing.assert_close(after, factor * before, rtol=1e-4, atol=1e-5)
+    decoded = after @ fitted.W_dec
+    rest = x * fitted.input_scale - fitted.b_dec - decoded
+    assert abs(float((decoded * rest).sum())) < 1e-4 * float(decoded.square().sum())
+
+
+@ALL
 def test_rules_are_plain_data_and_their_state_is_saved(name: str, tmp_path) -> None:
     rule = RULES[name]
     assert Selection.from_dict(rule.to_dict()) == rule
