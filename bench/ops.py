@@ -25,7 +25,8 @@ import torch
 from clock import Clock
 from limits import Rates, measure_rates
 from measure import Shape, Watch, parse_shape, product_seconds, spread
-from operations import Op, Operations, Run
+from operations import Operations
+from problem import Op, Run
 from rows import Row, add_outputs, machine, outputs, say_busy
 from rule_operations import RuleOperations
 
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("--no-rules", action="store_true", help="leave the selection rules out")
     parser.add_argument("--repeats", type=int, default=9, help="runs at most (default 9)")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="a provider's, but 3 runs at least (default 1)"
+        "--seconds", type=float, default=0.5, help="of a provider's runs, about (default 0.5)"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     add_outputs(parser)

@@ -211,20 +211,6 @@ def test_a_wrong_provider_has_no_time() -> None:
 # ---- the front ----
 
 
-def test_bench_runs_its_parts_and_compares(tmp_path: Path) -> None:
-    now, old = tmp_path / "now.json", tmp_path / "old.json"
-    before = {"bench": "step", "provider": "torch-dense", "optimizer": "torch-adam", "ms": 1e6}
-    before |= dict(zip("ndfk", (32, 16, 256, 4), strict=True))
-    old.write_text(json.dumps([before]))
-    shape = ("--shape", "32,16,256,4", "--threads", "1")
-    done = run("bench", "step", *shape, "--json", now, "--compare", old)
-    rows = json.loads(now.read_text())
-    assert len(rows) == 6 and {row["bench"] for row in rows} == {"step"}
-    assert "6 rows in" in done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if "1000000.000" in line)
-    assert line.startswith("step torch-dense") and line.endswith("faster")
-
-
 def test_bench_says_what_it_cannot_run() -> None:
     done = run("bench", "nothing", code=2)
     assert "expected one of ops, step, peers, scaling, integrations, got 'nothing'" in done.stderr
