@@ -94,22 +94,21 @@ def main() -> None:
             parser.error(f"PART: expected one of {', '.join(PARTS)}, got {part!r}")
     old = read(args.compare) if args.compare else []
     start = time.monotonic()
-    found: list[Row] = []
-    complete = True
+    of: dict[str, list[Row]] = {}
     for part in args.part or DEFAULT:
         print(f"\n{part}", file=sys.stderr, flush=True)
-        rows = run(part, args)
-        complete &= bool(rows)
+        of[part] = run(part, args)
+    for part, rows in of.items():  # at the end: rows say whether the checkout was as committed
         if rows and args.results:
             write(rows, HERE / "results" / f"{part}-{args.results}.csv")
-        found += rows
+    found = [row for rows in of.values() for row in rows]
     outputs(found, args)
     if args.compare:
         print(f"\nms before and now, now ÷ before ({args.compare})", file=sys.stderr)
         print("\n".join(compare(found, old)), file=sys.stderr)
     print(f"\n{len(found)} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
     wrong = [row for row in found if str(row.get("error", "")).startswith("WRONG")]
-    sys.exit(0 if complete and not wrong else 1)
+    sys.exit(0 if all(of.values()) and not wrong else 1)
 
 
 if __name__ == "__main__":

@@ -92,11 +92,15 @@ def memory(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}")
 
 
+STAT = Path("/proc/stat")
+
+
 class Watch:
     """What else the machine did while a block ran, as two columns of its row.
 
     load: the load average at the end; others: the cores that other processes took, on average
-    (Linux: what /proc/stat counts as work, that of this process and its children taken away).
+    (what Linux counts as work in /proc/stat, that of this process and its children taken away;
+    elsewhere there is no such column).
     """
 
     def __enter__(self) -> Watch:
@@ -109,7 +113,8 @@ class Watch:
         self.others = max(0.0, (work - own) / max(time.perf_counter() - self.start, 1e-3))
 
     def columns(self) -> dict[str, float]:
-        return {"load": round(os.getloadavg()[0], 2), "others": round(self.others, 2)}
+        load = {"load": round(os.getloadavg()[0], 2)}
+        return load | ({"others": round(self.others, 2)} if STAT.exists() else {})
 
     @staticmethod
     def _own() -> float:
@@ -118,7 +123,9 @@ class Watch:
     @staticmethod
     def _busy() -> float:
         """Seconds of work of all cores: all that is not idle or waiting for a disk."""
-        ticks = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        if not STAT.exists():
+            return 0.0
+        ticks = [int(n) for n in STAT.read_text().splitlines()[0].split()[1:9]]
         user, nice, system, _, _, *interrupts = ticks
         return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 

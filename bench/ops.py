@@ -25,7 +25,8 @@ import torch
 from clock import Clock
 from limits import Rates, measure_rates
 from measure import Shape, Watch, parse_shape, product_seconds, spread
-from operations import Op, Operations, Run
+from operations import Operations
+from problem import Op, Run
 from rows import Row, add_outputs, machine, outputs, say_busy
 from rule_operations import RuleOperations
 
@@ -140,16 +141,21 @@ def main() -> None:
         "--backend", choices=("cpu", "triton", "reference"), action="append",
         help="may be repeated (default: the device's and reference)",
     )  # fmt: skip
-    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--device", type=torch.device, help="default: a GPU, unless --backend cpu")
     parser.add_argument("--op", default="", help="only operations whose name contains this")
     parser.add_argument("--no-rules", action="store_true", help="leave the selection rules out")
     parser.add_argument("--repeats", type=int, default=9, help="runs at most (default 9)")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="a provider's, but 3 runs at least (default 1)"
+        "--seconds", type=float, default=0.5, help="of a provider's runs, about (default 0.5)"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     add_outputs(parser)
     args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    if "triton" in (args.backend or ()) and not gpu:
+        parser.error("--backend triton: expected a GPU that torch can use, got none")
+    if args.device is None:
+        args.device = torch.device("cuda" if gpu and "cpu" not in (args.backend or ()) else "cpu")
     torch.set_num_threads(args.threads)
     keep_memory()
     small = args.shape is not None and all(n * d * f < 1 << 28 for n, d, f, _ in args.shape)

@@ -13,18 +13,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.abc
 import importlib.metadata
 import json
 import os
 import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from curve import curve
 from measure import Build, Model, Shape, Start, measure, parse_shape
+from no_torchvision import NoTorchvision
 
 
 def saelens(shape: Shape, x: torch.Tensor, lr: float | None) -> Model:
@@ -151,26 +149,6 @@ def overcomplete(shape: Shape, x: torch.Tensor, lr: float | None) -> Model:
         return sae(batch)[2]
 
     return Model(step, lambda: linear.weight.detach(), load, reconstruct)
-
-
-class NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds empty modules for torchvision: overcomplete imports models of images that use it."""
-
-    class Module(ModuleType):
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return type(name, (), {})
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        is_it = name.partition(".")[0] == "torchvision"
-        return ModuleSpec(name, self, is_package=True) if is_it else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return self.Module(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
 
 
 class Peer(NamedTuple):

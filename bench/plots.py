@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rows import Row
 from svg import COLOURS, Bar, bars, curves
-from tables import TABLES, label_of, results, shape_of
+from tables import TABLES, label_of, results, shape_of, short
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
@@ -40,7 +40,7 @@ def step_figure() -> str:
     for row in results("step") + results("peers"):
         if "error" not in row and row.get("options") not in ("clip", "auxk"):
             ours = row["provider"] == "fastsae"
-            text = f"{row['ratio']:.2f}   {row['peak_bytes'] / 1e9:.1f} GB"
+            text = f"{row['ratio']:.2f} · {row['peak_bytes'] / 1e9:.1f} GB"
             label = label_of(row).partition(" (")[0].partition(" through")[0]
             bar = Bar(label, row["ratio"], text, COLOURS[0] if ours else COLOURS[1])
             groups.setdefault(shape_of(row), []).append(bar)
@@ -53,7 +53,8 @@ def ops_figure() -> str:
     groups: dict[str, list[Bar]] = {}
     best: dict[tuple[str, str], tuple[Row | None, Row | None]] = {}
     for row in results("ops"):
-        if "error" in row or (row["op"].startswith("encode, ") and "token" not in row["op"]):
+        is_rule = row["op"].startswith("encode, ") and "token" not in row["op"]
+        if "error" in row or is_rule or row["provider"] == "torch, gradient given":
             continue
         key = shape_of(row), row["op"]
         ours, theirs = best.get(key, (None, None))
@@ -65,8 +66,9 @@ def ops_figure() -> str:
     for (shape, op), pair in best.items():
         for row, colour in zip(pair, COLOURS, strict=False):
             if row is not None:
-                label = op if row["provider"].startswith("fastsae") else row["provider"]
-                text = f"{row['of_limit']:.0%}   {row['ms']:.3g} ms"
+                ours = row["provider"].startswith("fastsae")
+                label = op if ours else f"{op}: {row['provider']}"
+                text = f"{row['of_limit']:.0%} · {short(row['ms'])} ms"
                 groups.setdefault(shape, []).append(Bar(label, row["of_limit"], text, colour))
     title = "Operations: fastsae (blue) and the fastest of torch's ways (orange)"
     return bars(title, groups, "limit of this machine ÷ time")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
 import json
 import os
 import platform
@@ -29,7 +28,9 @@ _PAIRED = tuple(name for name in WHAT if name != "version")
 
 
 def machine() -> Row:
-    """What a figure must be read with."""
+    """What a figure must be read with. It needs fastsae; the rest of this file does not."""
+    import fastsae
+
     info = Path("/proc/cpuinfo")
     names = [
         line.split(":", 1)[1].strip()
@@ -40,19 +41,13 @@ def machine() -> Row:
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "isa": _isa(),
+        "isa": fastsae.cpu.isas()[0] if fastsae.cpu.available() else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fastsae": importlib.metadata.version("fastsae-engine"),
+        "fastsae": fastsae.__version__,
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _isa() -> str:
-    from fastsae import cpu
-
-    return cpu.isas()[0] if cpu.available() else "none"
 
 
 def commit() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from limits import Cost
 from measure import Shape
-from operations import ROTATED, Op, Run
+from problem import ROTATED, Op, Run
 
 from fastsae import SAE, Codes, SAEConfig, Selection
 from fastsae.options import rule_from

@@ -1,4 +1,4 @@
-"""Figures as SVG files by hand: bars, and curves on logarithmic axes. Ticks are the report's."""
+"""Figures as SVG files by hand: bars, and curves over a logarithmic x. Ticks are the report's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Bar(NamedTuple):
 
 def bars(title: str, groups: Mapping[str, Sequence[Bar]], x_title: str) -> str:
     """Horizontal bars from 0 in named groups, one scale for all."""
-    left, right, y = 210, 150, 44
+    left, right, y = 240, 150, 44
     scale = Scale(0, max(bar.value for group in groups.values() for bar in group))
     span = WIDTH - left - right
     shapes = []
@@ -48,11 +48,11 @@ def bars(title: str, groups: Mapping[str, Sequence[Bar]], x_title: str) -> str:
 def curves(
     title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str
 ) -> str:
-    """Curves through points above 0, on logarithmic axes; their names stand at their ends."""
-    left, right, top, height = 60, 170, 60, 360
+    """Curves over a logarithmic x, with y from 0; their names stand at their ends."""
+    left, right, top, height = 60, 190, 60, 360
     points = [point for line in lines.values() for point in line]
     x = Scale(min(p[0] for p in points), max(p[0] for p in points), log=True)
-    y = Scale(min(p[1] for p in points), max(p[1] for p in points), log=True)
+    y = Scale(0, max(p[1] for p in points))
     span, bottom = WIDTH - left - right, top + height
 
     def at(point: tuple[float, float]) -> tuple[float, float]:

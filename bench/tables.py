@@ -69,7 +69,7 @@ def measured_on(rows: list[Row]) -> str:
     commits = sorted({str(row.get("commit", "?")) for row in rows})
     dates = sorted({str(row.get("date", "?")) for row in rows})
     first = rows[0]
-    text = f"{first.get('cpu', '?')}, {first.get('threads', '?')} threads, {first.get('isa', '?')}"
+    text = f"{first.get('cpu', '?')}, threads: {first.get('threads', '?')}, {first.get('isa', '?')}"
     text += f", torch {first.get('torch', '?')}, commit {', '.join(commits)}, {', '.join(dates)}"
     loads = [row["load"] for row in rows if "load" in row]
     text += f", load {min(loads):.1f} to {max(loads):.1f}" if loads else ""

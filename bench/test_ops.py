@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from measure import Shape
-from operations import Op, Operations
+from operations import Operations
 from ops import SHAPES, backends_of, gate, keep_memory
+from problem import Op
 
 CPU = torch.device("cpu")
 TINY: Shape = (8, 8, 64, 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_cli import run
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {
@@ -27,19 +28,23 @@ FIELDS = {
 }
 
 
-def test_step_prints_only_json_on_stdout() -> None:
-    command = [sys.executable, "bench/step.py", "--shape", "64,32,512,8", "--json", "-"]
-    command += ["--steps", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_bench_prints_only_json_on_stdout_and_compares(tmp_path: Path) -> None:
+    shape = (64, 32, 512, 8)
+    before = {"bench": "step", "provider": "torch-dense", "optimizer": "torch-adam", "ms": 1e6}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps([before | dict(zip("ndfk", shape, strict=True))]))
+    options = ("--shape", ",".join(map(str, shape)), "--threads", "1", "--compare", old)
+    done = run("bench", "step", *options, "--json", "-")
     rows = json.loads(done.stdout)
-    assert {row["provider"] for row in rows} == {"fastsae", "torch-dense"}
+    assert [row["provider"] for row in rows] == ["fastsae"] * 5 + ["torch-dense"]
     for row in rows:
         assert {name: type(row[name]) for name in FIELDS} == FIELDS
-        assert (row["n"], row["d"], row["f"], row["k"]) == (64, 32, 512, 8)
+        assert tuple(row[size] for size in "ndfk") == shape and row["bench"] == "step"
         assert row["ratio"] == row["ms"] / row["product_ms"]
-        assert row["min_ms"] <= row["ms"] <= row["max_ms"] and row["runs"] == 3
-    assert "provider" in done.stderr
+        assert row["min_ms"] <= row["ms"] <= row["max_ms"] and 3 <= row["runs"] <= 7
+    assert "provider" in done.stderr and "6 rows in" in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "1000000.000" in line)
+    assert line.startswith("step torch-dense") and line.endswith("faster")
 
 
 def test_step_refuses_a_bad_shape() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -208,26 +209,33 @@ def test_a_wrong_provider_has_no_time() -> None:
     assert bad["error"].startswith("WRONG") and "ms" not in bad
 
 
+def test_a_wrong_step_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import step
+
+    def off(*args: Any, **options: Any) -> Any:
+        run, sae = step.dense_step(*args, **options)
+        return lambda batch: run(batch) * 1.0001, sae
+
+    monkeypatch.setitem(step.PROVIDERS, "torch-dense", off)
+    row = step.measure_row(SHAPE, "torch-dense", "torch-adam", [], 3, torch.get_num_threads())
+    assert row["error"].startswith("WRONG: ") and "ms" not in row
+    assert (row["n"], row["bench"]) == (SHAPE[0], "step")
+
+
 # ---- the front ----
-
-
-def test_bench_runs_its_parts_and_compares(tmp_path: Path) -> None:
-    now, old = tmp_path / "now.json", tmp_path / "old.json"
-    before = {"bench": "step", "provider": "torch-dense", "optimizer": "torch-adam", "ms": 1e6}
-    before |= dict(zip("ndfk", (32, 16, 256, 4), strict=True))
-    old.write_text(json.dumps([before]))
-    shape = ("--shape", "32,16,256,4", "--threads", "1")
-    done = run("bench", "step", *shape, "--json", now, "--compare", old)
-    rows = json.loads(now.read_text())
-    assert len(rows) == 6 and {row["bench"] for row in rows} == {"step"}
-    assert "6 rows in" in done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if "1000000.000" in line)
-    assert line.startswith("step torch-dense") and line.endswith("faster")
 
 
 def test_bench_says_what_it_cannot_run() -> None:
     done = run("bench", "nothing", code=2)
     assert "expected one of ops, step, peers, scaling, integrations, got 'nothing'" in done.stderr
+
+
+def test_triton_needs_a_gpu() -> None:
+    command = [sys.executable, "bench/ops.py", "--backend", "triton"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=env)
+    assert done.returncode == 2
+    assert "--backend triton: expected a GPU that torch can use, got none" in done.stderr
 
 
 def test_bench_needs_a_checkout(tmp_path: Path) -> None:
