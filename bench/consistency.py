@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--svg", metavar="FILE")
     args = parser.parse_args()
     if args.part == "tokens":
-        args.tokens = args.tokens or [62_500 * 2**i for i in range(7)]
+        args.tokens = args.tokens or [62_500 * 2**i for i in range(6)]
         rows = over_tokens(args)
     elif args.part == "organism":
         args.tokens = args.tokens or [62_500 * 4**i for i in range(4)]
