@@ -125,10 +125,10 @@ def _exact(A: Tensor, B: Tensor) -> Matching:
         )
     a = unit_rows(A.cpu(), "A", torch.float64).numpy()
     b = unit_rows(B.cpu(), "B", torch.float64).numpy()
-    cosines: Floats = a @ b.T
-    rows, partners = linear_sum_assignment(cosines, maximize=True)
-    matched = cosines[rows, partners]
-    return Matching(partners, matched, float(matched.mean()), cosines.max(1).clip(0))
+    costs: Floats = a @ -b.T  # not with maximize, which makes a copy
+    rows, partners = linear_sum_assignment(costs)
+    matched = -costs[rows, partners]
+    return Matching(partners, matched, float(matched.mean()), (-costs.min(1)).clip(0))
 
 
 def _sparse(A: Tensor, B: Tensor, gap: float, c: int, backend: str | None) -> Matching:
