@@ -29,7 +29,7 @@ OPS = (
     "rows",
     "adam",
 )  # csrc/<op>.cpp, compiled once per instruction set
-COMMON = ("bindings", "pool")  # csrc/<name>.cpp, compiled once
+COMMON = ("bindings", "pool", "auction")  # csrc/<name>.cpp, compiled once
 
 # Each set contains the one before it. The objects are linked in this order because a linker keeps
 # the first copy of an inline function that several of them contain: the copy that runs anywhere.

@@ -80,7 +80,7 @@ def over_tokens(args: argparse.Namespace) -> list[Row]:
     rows = []
     for tokens in args.tokens:
         for rule in args.rule or RULES:
-            saes, start = [], time.perf_counter()
+            saes = []
             for seed in range(SEEDS):
                 settings = TrainConfig(
                     steps=tokens // args.batch_size,
@@ -91,7 +91,7 @@ def over_tokens(args: argparse.Namespace) -> list[Row]:
                 saes.append(trained(rule, args.d_sae, args.k, train, settings))
             row = {"rule": rule, "tokens": tokens, "data": Path(args.data).name}
             row |= {name: getattr(args, name) for name in ("d_sae", "k", "batch_size", "lr")}
-            row |= {"seconds": time.perf_counter() - start, **compared(saes, holdout)}
+            row |= compared(saes, holdout)
             rows.append(row | machine())
             told(row)
             write_json(rows, args.json)  # as far as it has come
@@ -173,7 +173,9 @@ def drawing(rows: list[Row]) -> str:
         parts.append(
             f'<text x="{place:.1f}" y="{bottom + 18:.1f}" text-anchor="middle">{text}</text>'
         )
-    parts.append(f'<text x="{LEFT}" y="{HEIGHT - 10}">training tokens (log scale)</text>')
+    parts.append(
+        f'<text x="{LEFT}" y="{HEIGHT - 10}">PW-MCC over training tokens (log scale)</text>'
+    )
     for i, rule in enumerate(dict.fromkeys(r["rule"] for r in rows)):
         of = [r for r in rows if r["rule"] == rule]
         points = [at(r["tokens"], r["pw_mcc"]) for r in of]
@@ -217,7 +219,7 @@ def main() -> None:
     parser.add_argument("--svg", metavar="FILE")
     args = parser.parse_args()
     if args.part == "tokens":
-        args.tokens = args.tokens or [62_500 * 2**i for i in range(7)]
+        args.tokens = args.tokens or [62_500 * 2**i for i in range(6)]
         rows = over_tokens(args)
     elif args.part == "organism":
         args.tokens = args.tokens or [62_500 * 4**i for i in range(4)]

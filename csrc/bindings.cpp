@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "auction.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -600,6 +601,26 @@ void adam(py::object p, py::object m, py::object v, py::object last, py::object 
   k.adam(a);
 }
 
+void match_by_auction(py::object values, py::object columns, double step, py::object partners,
+                      py::object prices) {
+  const View vv = packed(view(values, "values", "float64", {ANY, ANY}), "values");
+  const View cv = packed(view(columns, "columns", "int32", {vv.rows, vv.cols}), "columns");
+  const View pv = view(partners, "partners", "int64", {vv.rows}, OUT);
+  const View qv = view(prices, "prices", "float64", {ANY}, OUT);
+  // So that every bid raises a price, and few enough do.
+  if (!(step >= 1e-6 && step <= 1))
+    throw py::value_error("step: expected 1e-6 to 1, got " + std::to_string(step));
+  for (int64_t i = 0; i < vv.rows * vv.cols; ++i)
+    if (!(vv.as<double>()[i] <= 4))
+      throw py::value_error("values: expected at most 4, got " +
+                            std::to_string(vv.as<double>()[i]));
+  check_range(cv.as<int32_t>(), vv.rows * vv.cols, 0, qv.cols, "columns");
+  const AuctionArgs a{vv.as<double>(),  cv.as<int32_t>(), vv.rows, vv.cols, qv.cols, step,
+                      pv.as<int64_t>(), qv.as<double>()};
+  py::gil_scoped_release release;
+  auction(a);
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (const Kernels& k : available()) names.push_back(k.isa);
@@ -644,6 +665,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalize_rows", &normalize_rows, arg("W_dec"), arg("threads"), arg("isa") = "");
   m.def("gradient_square_norm", &gradient_square_norm, arg("p"), arg("dense"), arg("segments"),
         arg("project"), arg("threads"), arg("isa") = "");
+  m.def("auction", &match_by_auction, arg("values"), arg("columns"), arg("step"), arg("partners"),
+        arg("prices"));
   m.def("adam", &adam, arg("p"), arg("m"), arg("v"), arg("last"), arg("dense"), arg("segments"),
         arg("lr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"), arg("scale"),
         arg("step"), arg("lazy"), arg("project"), arg("normalize"), arg("threads"),

@@ -95,6 +95,9 @@ def decode_bwd_vals(
     threads: int,
     isa: str = "",
 ) -> None: ...
+def auction(
+    values: Tensor, columns: Tensor, step: float, partners: Tensor, prices: Tensor
+) -> None: ...
 def build_index(
     idx: Tensor,
     row_ptr: Tensor | None,

@@ -389,7 +389,8 @@ class Stitch:
             print(json.dumps(figures))
         else:
             for name, value in figures.items():
-                print(f"{name:27} {value:9,}" if type(value) is int else f"{name:27} {value:9.4f}")
+                shown = f"{value:.4f}" if isinstance(value, float) else value
+                print(f"{name:27} {shown!s:>9}")
 
 
 @dataclass(frozen=True)

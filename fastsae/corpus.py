@@ -66,9 +66,21 @@ class CodeSet:
             found = f"{self.index.get('format')!r} {self.index.get('version')!r}"[:80]
             path = self.folder / "index.json"
             raise ValueError(f"{path}: expected {FORMAT!r} version {VERSION}, got {found}")
+        counts = self.index.get("shards"), [self.index.get("d_sae"), self.index.get("contexts")]
+        for values in counts:
+            if not isinstance(values, list) or not all(type(n) is int and n >= 1 for n in values):
+                path = self.folder / "index.json"
+                raise ValueError(f"{path}: expected shards, d_sae and contexts as counts >= 1")
         self.n_latents: int = self.index["d_sae"]
         self.starts = np.cumsum([0, *self.index["shards"]])
         latents = read_tensors(self.folder / "latents.safetensors")
+        shapes = {"counts": (), "rows": (self.index["contexts"],), "quantiles": (len(QUANTILES),)}
+        shapes["values"] = shapes["rows"]
+        for name, tail in shapes.items():
+            got = tuple(latents[name].shape) if name in latents else "none"
+            if got != (self.n_latents, *tail):
+                path, expected = self.folder / "latents.safetensors", (self.n_latents, *tail)
+                raise ValueError(f"{path}: {name}: expected shape {expected}, got {got}")
         self.counts: Tensor = latents["counts"]
         """(F) int64: on how many rows each latent is active."""
         self.rows: Tensor = latents["rows"]

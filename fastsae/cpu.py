@@ -236,6 +236,14 @@ def decode_error(
     return torch.tensor(sse, dtype=torch.float32), error, reconstruction, dvals
 
 
+def auction(values: Tensor, columns: Tensor, n_columns: int, step: float) -> tuple[Tensor, Tensor]:
+    """:func:`fastsae.reference.auction`."""
+    partners = torch.empty(len(values), dtype=torch.int64)
+    prices = torch.empty(n_columns, dtype=torch.float64)
+    _C.auction(values, columns, step, partners, prices)
+    return partners, prices
+
+
 def inverse_index(
     idx: Tensor, n_latents: int, row_ptr: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,11 +5,10 @@ B_j), signed; a row of zeros has cosine 0 with everything.
 
 * exact: C as a matrix, solved by scipy.
 * sparse: no F×F matrix exists. Each row keeps its c largest cosines, found by the streaming encoder
-  (`fastsae.ops.encode` of A's unit rows with B's as weights). An auction (Bertsekas, "The auction
-  algorithm", 1988) on these candidates gives a matching and a price p_j ≥ 0 of each row of B. The
-  prices bound what any matching reaches, and rows whose bound is loose get new candidates, the best
-  at these prices: the encoder once more, with −p as its bias. This repeats until the gap between
-  bound and matching is small.
+  (`fastsae.ops.encode` of A's unit rows with B's as weights). An auction (`reference.auction`) on
+  these candidates gives a matching and a price p_j ≥ 0 of each row of B. The prices bound what any
+  matching reaches, and rows whose bound is loose get new candidates, the best at these prices: the
+  encoder once more, with −p as its bias. This repeats until bound and matching are near.
 
 The bound. Let p_j ≥ 0 and u_i ≥ 0 with u_i + p_j ≥ C[i, j] for all pairs. Then for any injection π
 
@@ -35,7 +34,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastsae import ops, plan
+from fastsae import cpu, ops, plan, reference
 from fastsae.sums import unit_rows
 
 Ids = npt.NDArray[np.int64]
@@ -99,8 +98,8 @@ def match(
         raise ValueError(f"B: expected width {A.shape[1]} as A, got {B.shape[1]}")
     if not 1 <= len(A) <= len(B):
         raise ValueError(f"A: expected 1 to {len(B)} rows, as B has, got {len(A)}")
-    if not 0 < gap < math.inf or candidates < 1:
-        raise ValueError(f"expected gap > 0 and candidates >= 1, got {gap} and {candidates}")
+    if not 1e-5 <= gap <= 1 or candidates < 1:
+        raise ValueError(f"expected gap in [1e-5, 1], candidates >= 1, got {gap}, {candidates}")
     if method is None:
         method = "exact" if len(B) <= EXACT_ROWS else "sparse"
     if method == "exact":
@@ -126,10 +125,10 @@ def _exact(A: Tensor, B: Tensor) -> Matching:
         )
     a = unit_rows(A.cpu(), "A", torch.float64).numpy()
     b = unit_rows(B.cpu(), "B", torch.float64).numpy()
-    cosines: Floats = a @ b.T
-    rows, partners = linear_sum_assignment(cosines, maximize=True)
-    matched = cosines[rows, partners]
-    return Matching(partners, matched, float(matched.mean()), cosines.max(1).clip(0))
+    costs: Floats = a @ -b.T  # not with maximize, which makes a copy
+    rows, partners = linear_sum_assignment(costs)
+    matched = -costs[rows, partners]
+    return Matching(partners, matched, float(matched.mean()), (-costs.min(1)).clip(0))
 
 
 def _sparse(A: Tensor, B: Tensor, gap: float, c: int, backend: str | None) -> Matching:
@@ -139,7 +138,7 @@ def _sparse(A: Tensor, B: Tensor, gap: float, c: int, backend: str | None) -> Ma
     upper = math.inf
     found = np.arange(n), np.full(n, -math.inf)
     for _ in range(_ROUNDS):
-        partners, prices = auction(values, columns, len(B), step)
+        partners, prices = _auction(values, columns, len(B), step)
         # As the encoder adds them, so that both bounds are of the same prices.
         prices = prices.astype(np.float32).astype(np.float64)
         gains = (values - prices[columns]).max(1).clip(0)
@@ -171,39 +170,13 @@ def _best(
     return values, columns
 
 
-def auction(values: Floats, columns: Ids, n_columns: int, step: float) -> tuple[Ids, Floats]:
-    """Partners (−1: none) and prices on candidates: values and columns (n, c), −inf pads.
-
-    All rows without a partner bid at once for what gains them most, values − prices, by as much
-    more as they would rather have it than the second best (or nothing, which gains 0), and `step`
-    more; the highest bid has it, the row of the lowest number among equals. A row that nothing
-    gains anything stays alone. The matching is within n·step of the best on these candidates.
-    """
-    prices = np.zeros(n_columns)
-    owner = np.full(n_columns, -1, np.int64)
-    partners = np.full(len(values), -1, np.int64)
-    bidders = np.arange(len(values))
-    while len(bidders):
-        there = columns[bidders]
-        gains = values[bidders] - prices[there]
-        at = gains.argmax(1)
-        wanted = there[np.arange(len(bidders)), at]
-        first = gains.max(1)
-        gains[there == wanted[:, None]] = -np.inf
-        second = gains.max(1).clip(0)
-        bids = prices[wanted] + (first - second) + step
-        bidding = np.flatnonzero(first > 0)
-        bidding = bidding[np.lexsort((bidders[bidding], -bids[bidding], wanted[bidding]))]
-        sold, winners = np.unique(wanted[bidding], return_index=True)
-        winners = bidding[winners]
-        losers = np.setdiff1d(bidders[bidding], bidders[winners], assume_unique=True)
-        before = owner[sold]
-        before = before[before >= 0]
-        partners[before] = -1
-        partners[bidders[winners]] = sold
-        owner[sold], prices[sold] = bidders[winners], bids[winners]
-        bidders = np.concatenate([losers, before])
-    return partners, prices
+def _auction(values: Floats, columns: Ids, n_columns: int, step: float) -> tuple[Ids, Floats]:
+    """`reference.auction` of arrays."""
+    run = cpu.auction if cpu.available() else reference.auction
+    ids = np.ascontiguousarray(columns, np.int32)
+    given = torch.from_numpy(values), torch.from_numpy(ids)
+    partners, prices = run(*given, n_columns, step)
+    return partners.numpy(), prices.numpy()
 
 
 def _completed(A: Tensor, B: Tensor, partners: Ids, step: float) -> Ids:
@@ -220,7 +193,7 @@ def _completed(A: Tensor, B: Tensor, partners: Ids, step: float) -> Ids:
         # With 2 more, any of those that nobody bids for gains something: all get one.
         values = 2 + cosines.double().cpu().numpy()
         everything = np.broadcast_to(np.arange(len(columns)), values.shape)
-        partners[rows] = columns[auction(values, everything, len(columns), step)[0]]
+        partners[rows] = columns[_auction(values, everything, len(columns), step)[0]]
     return partners
 
 

@@ -485,3 +485,36 @@ def adam_(
     if project:
         normalize_rows_(w)
     matrix[touched] = w.to(p.dtype)
+
+
+def auction(values: Tensor, columns: Tensor, n_columns: int, step: float) -> tuple[Tensor, Tensor]:
+    """Rows matched with columns for a sum of values within n·step of the largest (Bertsekas 1988).
+
+    values (n, c) float64, at most 4, and columns (n, c) int32: what each row may have; -inf pads.
+    The rows without a column bid in order, in rounds: each for the column that gains it most, value
+    - price (the first of equals), by as much as it would rather have it than the second best (or
+    nothing, which gains 0), and step more, 1e-6 to 1; who had it bids in the next round. A row that
+    nothing gains anything stays alone. Returns partners (n) int64, -1 for those, and prices
+    (n_columns) float64, at least 0, and 0 where nobody bid.
+    """
+    worth, ids = values.tolist(), columns.tolist()
+    prices, owner = [0.0] * n_columns, [-1] * n_columns
+    partners = [-1] * len(worth)
+    bidders = list(range(len(worth)))
+    while bidders:
+        losers = []
+        for row in bidders:
+            gains = [value - prices[j] for value, j in zip(worth[row], ids[row], strict=True)]
+            gain = max(gains, default=0.0)
+            if gain <= 0:
+                continue
+            wanted = ids[row][gains.index(gain)]
+            others = (g for g, j in zip(gains, ids[row], strict=True) if j != wanted)
+            second = max(0.0, *others, 0.0)
+            if owner[wanted] >= 0:
+                partners[owner[wanted]] = -1
+                losers.append(owner[wanted])
+            owner[wanted], partners[row] = row, wanted
+            prices[wanted] += gain - second + step
+        bidders = losers
+    return torch.tensor(partners, dtype=torch.int64), torch.tensor(prices, dtype=torch.float64)

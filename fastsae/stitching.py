@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,9 +109,10 @@ class StitchingFigures:
     """Latents of the large SAE that are novel; the others are reconstruction latents."""
     replaced: int
     """Latents of the small SAE that these replace."""
-    novel_helping: float
-    """The share of the novel latents that are active whose adding alone lowers the error."""
-    reconstruction_helping: float
+    novel_helping: float | None
+    """The share of the novel latents that are active whose adding alone lowers the error; None:
+    there are none."""
+    reconstruction_helping: float | None
     """The same of reconstruction latents."""
     fvu_small: float
     fvu_novel_added: float
@@ -150,9 +150,9 @@ def stitching_figures(
             totals[name].update(x, stitch(small, large, x, of_small, of_large))
     change = added_error(small, large, source, batch_size)
 
-    def helping(kind: Tensor) -> float:
+    def helping(kind: Tensor) -> float | None:
         some = change[kind.cpu() & (change != 0)]
-        return float((some < 0).double().mean()) if len(some) else float(np.nan)
+        return float((some < 0).double().mean()) if len(some) else None
 
     return StitchingFigures(
         int(novel.sum()),

@@ -129,6 +129,15 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shard-00000.safetensors"):
         list(CodeSet(out).shards())
     index = json.loads((out / "index.json").read_text())
+    for change, message in (
+        ({"shards": "50"}, "expected shards, d_sae and contexts as counts >= 1"),
+        ({"d_sae": True}, "expected shards, d_sae and contexts as counts >= 1"),
+        ({"d_sae": 23}, r"latents.safetensors: counts: expected shape \(23,\), got \(24,\)"),
+        ({"contexts": 3}, r"latents.safetensors: rows: expected shape \(24, 3\), got \(24, 20\)"),
+    ):
+        (out / "index.json").write_text(json.dumps({**index, **change}))
+        with pytest.raises(ValueError, match=message):
+            CodeSet(out)
     (out / "index.json").write_text(json.dumps({**index, "format": "other"}))
     with pytest.raises(ValueError, match="expected 'fastsae-codes' version 1, got 'other' 1"):
         CodeSet(out)
