@@ -7,7 +7,7 @@
     ops           every operation on every backend, beside torch and the machine's limits
     step          a whole training step, beside dense torch
     peers         the same in other libraries, each in its own environment (make peers)
-    scaling       processes and threads
+    scaling       a step by width, and by processes
     integrations  other libraries before and after fastsae stands behind them
 
 Each is a file here that also runs alone, with more options (--help). What they print is on stderr;

@@ -18,7 +18,7 @@ from svg import COLOURS, Bar, bars, curves
 from tables import TABLES, label_of, results, shape_of, short
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/benchmarks.md", "docs/wide.md"))
 FIGURES = ROOT / "docs" / "figures"
 MARKED = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -85,7 +85,40 @@ def quality_figure() -> str:
     return curves(title, lines, "seconds of training", "FVU")
 
 
-FIGURE = {"step": step_figure, "ops": ops_figure, "quality": quality_figure}
+def scaling_figure() -> str:
+    """Milliseconds against width: a step, its product, and dense torch's step."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in results("scaling"):
+        if "ranks" in row or "error" in row:
+            continue
+        ours = row["provider"] == "fastsae"
+        lines.setdefault("fastsae" if ours else "dense torch", []).append((row["f"], row["ms"]))
+        if ours:
+            lines.setdefault("one product", []).append((row["f"], row["product_ms"]))
+            lines.setdefault("its encode", []).append((row["f"], row["forward_ms"]))
+            lines.setdefault("its update", []).append((row["f"], row["update_ms"]))
+    return curves("A training step by width", lines, "latents, F", "ms")
+
+
+def width_figure() -> str:
+    """FVU and dead share against width."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in results("width", "minilm-l3"):
+        lines.setdefault("FVU", []).append((row["f"], row["fvu"]))
+        if row["dead_share"] > 0:
+            lines.setdefault("dead share", []).append((row["f"], row["dead_share"]))
+    return curves("FVU and dead share by width, at equal tokens", lines, "latents, F", "share")
+
+
+FIGURE = {
+    "step": step_figure,
+    "ops": ops_figure,
+    "quality": quality_figure,
+    "scaling": scaling_figure,
+    "width": width_figure,
+}
+MADE_OF = {"step": ("peers",), "width": ("width", "minilm-l3")}
+"""Which rows a figure needs, where these have another name."""
 
 
 def wanted() -> dict[Path, str]:
@@ -94,7 +127,7 @@ def wanted() -> dict[Path, str]:
     figures = {
         FIGURES / f"{name}.svg": make()
         for name, make in FIGURE.items()
-        if results(name if name != "step" else "peers")
+        if results(*MADE_OF.get(name, (name,)))
     }
     return pages | figures
 

@@ -1,14 +1,16 @@
 """How the cost of a step grows with the width of the dictionary, and with the number of processes.
 
+    python bench/scaling.py
     python bench/scaling.py --shape 1024,384,16384,32 --shape 1024,384,1048576,32
     python bench/scaling.py --ranks 2 --ranks 4 --shape 1024,384,131072,32
 
-Widths (F = 2¹⁴ … 2²¹ where no shape is given): a step of the Trainer with lazy Adam, its parts, the
+Widths, F = 2¹⁴ … 2²¹ where no shape is given: a step of the Trainer with lazy Adam, its parts, the
 most memory that its process held beside what `fastsae plan` says, and the same of dense torch,
 beside one dense encoder product, made in blocks where N×F would not fit. Each is a process of its
 own under a limit on memory (--limit-gb, RLIMIT_DATA), until it runs out: then the row says so.
 
---ranks: the latents on P processes over gloo (`fastsae.sharding`), each with the cores ÷ P threads.
+Ranks, 2, 4 and 8 where no shape is given: the latents on P processes over gloo
+(`fastsae.sharding`), each with the cores ÷ P threads.
 What a rank receives in a step by exchange, counted and in seconds, the share of the step, and what
 the bytes would take at the rates of NVLink (450 GB/s) and of InfiniBand (50 GB/s), each one way. On
 one machine's cores no speed is to be gained: a row shows what the exchange costs.
@@ -223,12 +225,12 @@ def main() -> None:
         child(args)
         return
     rows = []
-    if args.ranks:
+    if args.ranks or not args.shape:
         for shape in args.shape or [(N, D, 2**17, K)]:
-            for ranks in args.ranks:
+            for ranks in args.ranks or (2, 4, 8):
                 rows.append(measure(shape, "fastsae", "adam-lazy", ranks, args))
                 print_row(rows[-1])
-    else:
+    if not args.ranks:
         args.limit_gb = args.limit_gb or round(0.9 * available() / 1e9, 1)
         gone: set[str] = set()
         for shape in args.shape or WIDTHS:

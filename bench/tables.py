@@ -185,6 +185,56 @@ def ops_table() -> str:
     return table(["", "operation", "provider", "ms (range)", "÷ product", "of limit"], lines)
 
 
+def scaling_table() -> str:
+    """A step by width: fastsae's, its memory beside the plan's, and dense torch's."""
+    found: dict[int, dict[str, Row]] = {}
+    for row in results("scaling"):
+        if "ranks" not in row:
+            found.setdefault(row["f"], {})[row["provider"]] = row
+    lines = []
+    for f, of in found.items():
+        line = [f"{f:,}"]
+        for provider in ("fastsae", "torch-dense"):
+            row = of.get(provider)
+            if row is None or "error" in row:
+                gone = "" if row is None else "does not fit"
+                line += [gone, "", ""] + ([""] if provider == "fastsae" else [])
+                continue
+            line += [f"{short(row['ms'])} ms", f"{row['ratio']:.2f}"]
+            line += [f"{row['peak_bytes'] / 1e9:.2f} GB"]
+            if provider == "fastsae":
+                line.append(f"{row['plan_bytes'] / 1e9:.2f} GB")
+        lines.append(line)
+    head = ["F", "fastsae, a step", "÷ product", "memory", "planned"]
+    return table([*head, "dense torch", "÷ product", "memory"], lines)
+
+
+def ranks_table() -> str:
+    """What ranks exchange in a step."""
+    lines = []
+    for row in results("scaling"):
+        if "ranks" not in row:
+            continue
+        if "error" in row:
+            lines.append([str(row["ranks"]), row["error"], "", "", "", ""])
+            continue
+        share = f"{row['exchange_share']:.0%}".replace("%", " %")
+        cells = [f"{row['received_bytes'] / 1e6:.2f} MB", f"{row['exchange_ms']:.1f} ms", share]
+        cells += [f"{row[f'{name}_ms']:.3f} ms" for name in ("nvlink", "infiniband")]
+        lines.append([str(row["ranks"]), f"{row['ms']:.0f} ms", *cells])
+    head = ["P", "step", "received a rank", "in exchanges", "of the step"]
+    return table([*head, "at 450 GB/s (NVLink)", "at 50 GB/s (InfiniBand)"], lines)
+
+
+def width_table() -> str:
+    """FVU and dead share by width."""
+    lines = [
+        [f"{row['f']:,}", f"{row['fvu']:.4f}", f"{row['dead_share']:.1%}".replace("%", " %")]
+        for row in results("width", "minilm-l3")
+    ]
+    return table(["F", "FVU", "dead"], lines)
+
+
 def machine_line(*parts: str) -> str:
     return measured_on([row for part in parts for row in results(part)])
 
@@ -195,6 +245,10 @@ TABLES = {
     "rules": rules_table,
     "limits": limits_table,
     "ops": ops_table,
+    "scaling": scaling_table,
+    "ranks": ranks_table,
+    "width": width_table,
+    "machine of scaling": lambda: machine_line("scaling"),
     "machine of step": lambda: machine_line("step", "peers"),
     "machine of ops": lambda: machine_line("ops"),
     "machine of quality": lambda: machine_line("quality"),
