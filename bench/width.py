@@ -21,7 +21,7 @@ from fastsae import SAE, SAEConfig, TopK
 from fastsae.config import TrainConfig
 from fastsae.data import Source, open_source, split
 from fastsae.runs import final_figures
-from fastsae.train import Trainer
+from fastsae.train import Trainer, evaluate
 
 
 def trained(rows: Source, holdout: Source, d_sae: int, settings: TrainConfig) -> Row:
@@ -29,7 +29,8 @@ def trained(rows: Source, holdout: Source, d_sae: int, settings: TrainConfig) ->
     trainer = Trainer(sae, rows, settings)
     with Watch() as watch:
         figures = trainer.run(progress=False)
-    found = final_figures(sae, rows, holdout, settings, figures["train_seconds"])
+    found = evaluate(sae, holdout)
+    found |= final_figures(sae, rows, holdout, settings, figures["train_seconds"])
     names = ("fvu", "l0", "dead_share", "dead_share_rows")
     return {
         "bench": "width",
