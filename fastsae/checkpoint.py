@@ -104,11 +104,12 @@ def _write(trainer: Trainer, folder: Path, log_bytes: int) -> None:
         if folder.exists():  # whole, but the link never came to lead to it
             _remove(folder)
         partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(error.errno, error.strerror, str(folder)) from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        # The first rank alone removes it: it may be renaming what another one believes lost.
+        if shards is None or shards.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(folder)) from None
         raise
     sync_folder(folder.parent)
 

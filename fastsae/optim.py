@@ -134,7 +134,8 @@ class Adam(torch.optim.Optimizer):
             else:
                 square = square + norm
         if self.sum is not None:
-            there = self.sum(torch.as_tensor(here, dtype=torch.float64))
+            device = self.param_groups[0]["params"][0].device
+            there = self.sum(torch.as_tensor(here, dtype=torch.float64, device=device))
             here = there if isinstance(here, Tensor) else float(there)
         square = square + here
         return square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)

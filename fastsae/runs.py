@@ -103,10 +103,12 @@ def train(
         else:
             each = plan.plan(config, settings, latents=shards.n_latent, data=shards.n_data)
             plan.check(each, plan.available() // shards.n_here)
+            shards.barrier()  # no rank takes memory that another one has yet to count
     held = holdout if holdout.n_rows else None
     sae = SAE(config, seed=settings.seed, device=device, shards=shards)
     trainer = Trainer(sae, rows, settings, out=out, holdout=held)
     trainer.resume()
+    first_step = trainer.step_count
     first = shards is None or shards.first
     if shards is not None:
         shards.barrier()  # what is there was looked at by all
@@ -130,7 +132,8 @@ def train(
         figures |= final_figures(trainer.sae, rows, holdout, settings, seconds)
         if shards is not None:
             figures["ranks"] = shards.n_ranks
-            figures["exchanged_bytes_a_step"] = shards.received() / max(trainer.step_count, 1)
+            n_steps = max(trainer.step_count - first_step, 1)
+            figures["exchanged_bytes_a_step"] = shards.received() / n_steps
         if first:
             appear(out / "metrics.json", lambda partial: write_json(partial, figures))
         if shards is None:  # a report looks at all latents: `report_run` of what was saved

@@ -287,7 +287,11 @@ class SAE(nn.Module):
         metrics = {"l0": l0}
         if self.training:
             finite = loss.detach().isfinite()
-            is_dead = self._count_fired(counts > 0, len(tokens), finite)
+            fired, n_tokens = counts > 0, len(tokens)
+            if self.shards is not None:
+                fired, finite = self.shards.fired(fired, finite)
+                n_tokens *= self.shards.n_data
+            is_dead = self._count_fired(fired, n_tokens, finite)
             metrics["n_dead"] = self.everywhere(is_dead.sum())
             if c.auxk_coef:  # waits for a GPU: how many are dead decides shapes
                 dead = is_dead
@@ -379,8 +383,6 @@ class SAE(nn.Module):
     @torch.no_grad()
     def _count_fired(self, fired: Tensor, n_tokens: int, finite: Tensor) -> Tensor:
         """Updates tokens_since_fired with a good batch; returns which latents are dead (F)."""
-        if self.shards is not None:
-            fired, n_tokens = self.shards.fired(fired), n_tokens * self.shards.n_data
         self.tokens_since_fired += n_tokens * finite
         self.tokens_since_fired.masked_fill_(fired & finite, 0)
         return self.tokens_since_fired >= self.config.dead_after

@@ -21,6 +21,7 @@ are equal up to the order of summation.
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections import defaultdict
@@ -76,6 +77,8 @@ class Shards:
         self.rank = dist.get_rank()
         self.at_data, self.at_latent = divmod(self.rank, latents)
         self._row, self._column = mesh.get_group("latent"), mesh.get_group("data")
+        self._batch: Any = None
+        """The group that sees the tokens of a batch; None: all ranks."""
         self.traffic: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         """What each exchange took so far: bytes that this rank received, and seconds."""
 
@@ -90,6 +93,8 @@ class Shards:
                 f"--nproc-per-node {latents * data} -m fastsae train …"
             )
         backend = "nccl" if device.startswith("cuda") else "gloo"
+        if backend == "nccl" and ":" in device:  # where small tensors of exchanges are made
+            torch.cuda.set_device(device)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         return cls(latents, data, device.split(":")[0])
 
@@ -111,6 +116,12 @@ class Shards:
             )
         width = d_sae // self.n_latent
         return range(self.at_latent * width, (self.at_latent + 1) * width)
+
+    def of_row(self) -> Shards:
+        """This row of ranks by itself, for tokens that the other rows see too; not for training."""
+        row = copy.copy(self)
+        row.n_data, row.at_data, row._batch = 1, 0, self._row
+        return row
 
     def close(self) -> None:
         """Ends the connections, when all ranks are done."""
@@ -177,10 +188,25 @@ class Shards:
         """Waits for all ranks."""
         self.any(False)
 
-    def fired(self, fired: Tensor) -> Tensor:
-        """(F/P) bool: which of this shard's latents fired, in the tokens of any rank."""
-        t = fired.to(torch.uint8)
-        return self._reduce_("counts", t, self._column, dist.ReduceOp.MAX) > 0
+    def check_same(self, what: str, number: int) -> None:
+        """ValueError, on all ranks, where they have different numbers."""
+        t = torch.tensor([number, -number], device=self._device())
+        low, high = self.least(t).tolist()
+        if low != -high:
+            raise ValueError(
+                f"{what}: expected the same on all ranks, which need one file system, "
+                f"got {low} to {-high}, here {number}"
+            )
+
+    def fired(self, fired: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+        """(F/P) bool: which of this shard's latents fired, in the tokens of any rank.
+
+        finite, 0-d: whether a rank's loss is → whether those of all are. On a GPU a step goes on
+        with one that is not, and the ranks must still count the same latents as dead.
+        """
+        t = torch.cat([fired, ~finite.view(1)]).to(torch.uint8)
+        self._reduce_("counts", t, self._column, dist.ReduceOp.MAX)
+        return t[:-1] > 0, t[-1] == 0
 
     def whole(self, t: Tensor) -> Tensor:
         """(F, …) of what has a row for each latent of a shard (F/P, …)."""
@@ -243,7 +269,7 @@ class Shards:
 
         def agree(vals: Tensor, idx: Tensor, row_ptr: Tensor) -> tuple[Tensor, ...]:
             own = _scores(vals, idx, scale, False)
-            scores = self._gather("scores", own, None).flatten()
+            scores = self._gather("scores", own, self._batch).flatten()
             if len(scores) <= budget:
                 return vals, idx, row_ptr
             last = scores.topk(budget, sorted=False).values.min()
@@ -263,7 +289,7 @@ class Shards:
         torch.cumsum(tied, 0, out=running[1:])
         a_token = running[row_ptr].diff()
         # In the order (rank of the data, token, shard).
-        counts = self._gather("scores", a_token, None).view(self.n_data, self.n_latent, -1)
+        counts = self._gather("scores", a_token, self._batch).view(self.n_data, self.n_latent, -1)
         counts = counts.transpose(1, 2)
         before = (counts.flatten().cumsum(0) - counts.flatten()).view(counts.shape)
         own = before[self.at_data, :, self.at_latent]
@@ -333,7 +359,8 @@ def _scores(vals: Tensor, idx: Tensor, scale: Tensor | None, absolute: bool) -> 
     """What the candidates were chosen by; 0 for padding, and above 0 for all others."""
     scores = vals.detach().abs() if absolute else vals.detach()
     if scale is not None:
-        scores = scores * scale.to(scores.dtype)[idx.clamp(min=0).long()]
+        # Rounded as `ops.encode` does.
+        scores = scores * scale.float().to(scores.dtype)[idx.clamp(min=0).long()]
     return scores.where(idx >= 0, 0)
 
 
@@ -368,10 +395,11 @@ def exchanged(config: SAEConfig, train: TrainConfig, latents: int, data: int) ->
         "scores": 4 * pairs * ((ranks if batch else latents) - 1),
         "reconstruction": ring(latents, 4 * n * d_out),
         "gradients": ring(ranks, 4 * d_out) + merged + ring(data, 4 * d_in * d_out * config.skip),
-        # l0, dead latents (for AuxK too), a batch's threshold, a wish to stop; which latents fired.
+        # l0, dead latents (for AuxK too), a batch's threshold, a wish to stop; which latents fired,
+        # and whether the loss is finite.
         "counts": (2 + bool(config.auxk_coef)) * ring(latents, 8)
         + (1 + batch) * ring(ranks, 4)
-        + ring(data, width),
+        + ring(data, width + 1),
     }
 
 

@@ -203,10 +203,11 @@ class Trainer:
         """
         self.continues = True
         folder = None if self.out is None else checkpoint.latest(self.out)
-        if folder is None:
-            return False
-        self.log_bytes = checkpoint.restore(self, folder)["log_bytes"]
-        return True
+        if folder is not None:
+            self.log_bytes = checkpoint.restore(self, folder)["log_bytes"]
+        if self.shards is not None:
+            self.shards.check_same("step of the newest checkpoint", self.step_count)
+        return folder is not None
 
     def save(self) -> Path:
         """Writes a checkpoint. FloatingPointError: weights or losses are not finite."""
@@ -475,8 +476,10 @@ def evaluate(
     Nothing where `stop`, asked before each batch, says so. On shards all ranks call it.
     """
     _check_widths(sae, source)
-    was_training = sae.training
+    was_training, shards = sae.training, sae.shards
     sae.eval()
+    if shards is not None:  # all rows of ranks see the same tokens
+        sae.shards = shards.of_row()
     rule = sae.config.selection
     two_forms = rule.has_inference_form and not (rule.needs_gradient and source.gradient is None)
     fvu, training_fvu = metrics.FVU(), metrics.FVU()
@@ -500,8 +503,9 @@ def evaluate(
                 training_active += int(sae.everywhere((codes.vals != 0).sum()))
     finally:
         sae.train(was_training)
-    if sae.shards is not None:
-        counts = sae.shards.whole(counts)
+        sae.shards = shards
+    if shards is not None:
+        counts = shards.whole(counts)
     figures = {
         "fvu": fvu.value,
         "explained_variance": fvu.explained_variance,

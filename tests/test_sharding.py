@@ -24,8 +24,8 @@ from fastsae.config import TrainConfig
 from fastsae.data import open_source
 from fastsae.iterable import IterableSource
 from fastsae.selection import AbsTopK, BatchTopK, Matryoshka, MutualChoice, Selection, TopK
-from fastsae.sharding import Shards, exchanged
-from fastsae.train import Trainer
+from fastsae.sharding import LostRank, Shards, exchanged
+from fastsae.train import Trainer, evaluate
 
 D, F, N = 12, 48, 32
 MESHES = [(2, 1), (4, 1), (1, 2), (2, 2), (1, 4)]
@@ -105,6 +105,34 @@ def test_selection_is_that_of_one_process(latents: int, data: int) -> None:
             ]
             torch.testing.assert_close(torch.cat(parts), expected[name], rtol=1e-5, atol=1e-5)
     assert len({int(v["n_stored"]) for v in whole.values()}) > 3
+
+
+def select_more_than_a_shard_has(shards: Shards | None) -> Tensor:
+    """TopK's k as training starts, the width of the data, is above F/P here."""
+    sae = SAE(SAEConfig(D, 16, TopK(3, anneal=0.9)), seed=3, shards=shards).train()
+    with torch.no_grad():
+        assert sae.b_enc is not None
+        sae.b_enc.fill_(9.0)  # all are positive
+    sae.progress = 0.0
+    return sae.encode(randn(N, D, seed=1)).to_dense().detach()
+
+
+def select_by_rounded_norms(shards: Shards | None) -> Tensor:
+    """Norms of a float64 decoder that are equal in float32, in which pairs are chosen."""
+    rule = TopK(1, score="activation·decoder_norm")
+    sae = SAE(SAEConfig(D, 4, rule, decoder_norm="free", dtype="float64"), shards=shards).train()
+    with torch.no_grad():
+        sae.W_enc.fill_(1.0)
+        norms = torch.tensor([1.0, 1.0, 1.0 + 1e-12, 1.0], dtype=torch.float64)
+        sae.W_dec.zero_()[:, 0] = norms[sae.latents.start : sae.latents.stop]
+    return sae.encode(randn(N, D, seed=1).abs()).to_dense().detach()
+
+
+def test_selection_at_the_limits() -> None:
+    for work in (select_more_than_a_shard_has, select_by_rounded_norms):
+        whole = work(None)
+        assert torch.equal(torch.cat(run_ranks(2, 1, work), 1), whole)
+        assert bool((whole > 0).any())
 
 
 # ---- training ----
@@ -197,6 +225,36 @@ def test_a_step_is_that_of_one_process(latents: int, data: int, runs: Path) -> N
                     t, want, rtol=1e-4, atol=1e-6, msg=lambda m, n=name, c=case: f"{c} {n}: {m}"
                 )
     assert n_auxk >= 3
+
+
+def evaluate_ties(shards: Shards | None) -> dict[str, Any]:
+    """Of an untrained SAE, which selects as in training, with scores that are equal."""
+    sae = SAE(SAEConfig(D, F, MutualChoice(4.5)), seed=3, shards=shards)
+    with torch.no_grad():
+        own = slice(sae.latents.start, sae.latents.stop)
+        sae.W_enc.copy_(randint(2, F, D, low=-1, seed=2)[own])
+    figures = evaluate(sae, open_source(randint(2, 33, D, low=-1, seed=1).float()), 11)
+    assert sae.shards is shards
+    return {k: torch.as_tensor(v) for k, v in figures.items() if k != "firing_frequency"}
+
+
+def test_an_evaluation_is_that_of_one_process() -> None:
+    """Also where all data-parallel ranks see the same rows."""
+    whole = evaluate_ties(None)
+    for rank in run_ranks(2, 2, evaluate_ties):
+        torch.testing.assert_close(rank, whole, rtol=1e-5, atol=1e-6)
+
+
+def a_loss_of_one_rank(shards: Shards) -> tuple[list[bool], bool, bool]:
+    fired = torch.arange(4) == shards.rank
+    every, all_finite = shards.fired(fired, torch.tensor(shards.rank != 1))
+    return every.tolist(), bool(all_finite), bool(shards.fired(fired, torch.tensor(True))[1])
+
+
+def test_all_ranks_count_as_the_one_whose_loss_is_not_finite() -> None:
+    """Else some would have dead latents, and exchange what others do not."""
+    for rank in run_ranks(1, 2, a_loss_of_one_rank):
+        assert rank == ([True, True, False, False], False, True)
 
 
 def train(shards: Shards | None, name: str, run: str, steps: int, every: int = 4) -> dict:
@@ -302,6 +360,54 @@ def test_a_rank_that_cannot_write_lets_none_save(where: str, tmp_path: Path, run
     assert "No space left" in errors[int(where)]
     assert "another rank could not write" in errors[1 - int(where)]
     assert checkpoint.latest(tmp_path) == tmp_path / "step-5"
+
+
+def save_where_rank_1_gives_up(shards: Shards, run: str) -> str:
+    trainer = trainer_of("topk", Path(run), shards)
+    assert trainer.resume()
+    trainer.step(trainer._read(trainer._batches()))
+    real_tensors, real_json = checkpoint.write_tensors, checkpoint.write_json
+
+    def lost(*args: Any) -> None:
+        real_tensors(*args)
+        raise LostRank("an answer of the others was lost")
+
+    def late(*args: Any) -> None:
+        shards.barrier()  # rank 1 is out
+        real_json(*args)
+
+    if shards.first:
+        checkpoint.write_json = late
+        trainer.save()
+    else:
+        checkpoint.write_tensors = lost
+        with pytest.raises(LostRank):
+            trainer.save()
+        shards.barrier()
+    checkpoint.write_tensors, checkpoint.write_json = real_tensors, real_json
+    shards.barrier()
+    return str(trainer.resume() and trainer.step_count)
+
+
+def test_a_rank_that_gives_up_leaves_what_the_first_one_finishes(
+    tmp_path: Path, runs: Path
+) -> None:
+    shutil.copytree(runs / "topk" / "step-4", tmp_path / "step-4")
+    assert run_ranks(2, 1, save_where_rank_1_gives_up, str(tmp_path)) == ["5", "5"]
+
+
+def resume_from_another(shards: Shards, runs: str) -> str:
+    trainer = trainer_of("topk", Path(runs) / ("topk" if shards.first else "nothing"), shards)
+    with pytest.raises(ValueError) as caught:
+        trainer.resume()
+    return str(caught.value)
+
+
+def test_ranks_that_see_other_checkpoints_do_not_go_on(runs: Path) -> None:
+    first, second = run_ranks(2, 1, resume_from_another, str(runs))
+    expected = "step of the newest checkpoint: expected the same on all ranks"
+    assert expected in first and "got 0 to 12, here 12" in first
+    assert expected in second and "got 0 to 12, here 0" in second
 
 
 REFUSED = {

@@ -69,7 +69,8 @@ class TopK(Selection):
         """k at this point of the training."""
         if not call.training or call.progress >= self.anneal:
             return self.k
-        start = max(self.k, self.k_start or min(call.x.shape[1], len(call.W_enc)))
+        d_sae = len(call.W_enc) * (1 if call.shards is None else call.shards.n_latent)
+        start = max(self.k, self.k_start or min(call.x.shape[1], d_sae))
         k = math.ceil(start + (self.k - start) * call.progress / self.anneal)
         return operator.index(k)  # a constant of a graph that torch.compile makes of this k
 
