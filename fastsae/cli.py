@@ -147,6 +147,10 @@ class Train:
         options = json.loads(json.dumps(options))
         shards, device = None, self.device
         if self.shard_latents * self.data_parallel != 1 or "WORLD_SIZE" in os.environ:
+            if device not in ("cpu", "cuda"):  # which would be that of all of them
+                raise ValueError(
+                    f"device: expected cpu or cuda for several processes, got {device}"
+                )
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
             shards = Shards.connect(self.shard_latents, self.data_parallel, device)
         figures = runs.train(

@@ -566,6 +566,9 @@ def test_killed_rank_then_a_stop_then_one_process(tmp_path: Path) -> None:
     fewer = [sys.executable, "-m", "fastsae", "train", *options]
     third = subprocess.run(fewer, capture_output=True, text=True, env=environment, timeout=300)
     assert third.returncode == 0 and "held-out FVU" in third.stdout, third.stderr
+    one_gpu = [*fewer, "--shard-latents", "2", "--device", "cuda:1"]
+    refused = subprocess.run(one_gpu, capture_output=True, text=True, env=environment)
+    assert "expected cpu or cuda for several processes, got cuda:1" in refused.stderr
     without = subprocess.run(
         [*fewer, "--shard-latents", "2"], capture_output=True, text=True, env=environment
     )
