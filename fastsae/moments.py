@@ -87,6 +87,11 @@ def round_to(x: Tensor, dtype: torch.dtype, words: Tensor | None) -> Tensor:
     return rounded.where(x == x, torch.nan)
 
 
+def root(x: Tensor) -> Tensor:
+    """√x, correctly rounded, as torch's is not for float32 on every CPU."""
+    return x.double().sqrt().to(x.dtype)
+
+
 def read(t: Tensor, scale: Tensor | None) -> Tensor:
     """Rows of a moment (rows, D) in the dtype of the arithmetic."""
     if scale is None:
@@ -95,8 +100,8 @@ def read(t: Tensor, scale: Tensor | None) -> Tensor:
     scale = scale.repeat_interleave(BLOCK, 1)[:, : t.shape[1]]
     if t.dtype == torch.int8:
         return code * code.abs() / (127 * 127) * scale
-    root = code * code / (255 * 255) * scale
-    return root.square().clamp(min=_SMALLEST).where((code > 0) | root.isnan(), root)
+    r = code * code / (255 * 255) * scale
+    return r.square().clamp(min=_SMALLEST).where((code > 0) | r.isnan(), r)
 
 
 def write(x: Tensor, like: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -105,13 +110,13 @@ def write(x: Tensor, like: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor
         return round_to(x, like.dtype, words), None
     assert words is not None
     signed = like.dtype == torch.int8
-    size = x.abs().clamp(max=_LARGEST) if signed else x.sqrt().clamp(max=_LARGEST_ROOT)
+    size = x.abs().clamp(max=_LARGEST) if signed else root(x).clamp(max=_LARGEST_ROOT)
     width = x.shape[1]
     size = torch.nn.functional.pad(size, (0, -width % BLOCK)).view(len(x), -1, BLOCK)
     scale = size.amax(2)
     y = (size / scale[..., None] * ((127 if signed else 255) ** 2)).flatten(1)[:, :width]
     y = y.nan_to_num(nan=0.0)  # 0 / 0
-    code = y.sqrt().floor()
+    code = root(y).floor()
     low, gap = code * code, 2 * code + 1
     chance = ((words & 0xFFFF).float() + 0.5) * 2.0**-16
     if signed:

@@ -487,7 +487,7 @@ def adam_(
         first = old[0] * beta1 + g * (1 - beta1)
     second = second * beta2 + g * g * (1 - beta2)
     last[touched] = step
-    denominator = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
+    denominator = moments.root(second) / (1 - beta2**step) ** 0.5 + eps
     w = w * (1 - lr * weight_decay) - first * (lr / (1 - beta1**step)) / denominator
     if project:
         normalize_rows_(w)

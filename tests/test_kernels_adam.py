@@ -402,11 +402,6 @@ def test_nothing_waits_for_the_device():
         ({"m": None}, ValueError, "m: expected a tensor, as beta1 is 0.9, got None"),
         ({"v": torch.zeros(4, 5)}, ValueError, r"v: expected shape \(4, 6\), got \(4, 5\)"),
         ({"v": torch.zeros(4, 6).half()}, TypeError, "v: expected .* got torch.float16"),
-        (
-            {"p": torch.zeros(4, 6).half(), "stochastic_rounding": True},
-            TypeError,
-            "p with stochastic_rounding: expected .*bfloat16, got torch.float16",
-        ),
         ({"last": torch.zeros(4)}, TypeError, "last: expected torch.int32, got torch.float32"),
         ({"last": torch.zeros(3).int()}, ValueError, r"last: expected shape \(4\), got \(3,\)"),
         ({"scale": torch.ones(1)}, ValueError, r"scale: expected shape \(\), got \(1,\)"),

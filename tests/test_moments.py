@@ -109,7 +109,7 @@ def test_random_numbers_are_philox() -> None:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "m", "v"])
 def test_means_are_right(kind: str) -> None:
-    """Of 4000 draws, within 5 deviations of a mean of so many; and each is one of two neighbours."""
+    """Of 4000 draws of two neighbours each, within 5 deviations of a mean of so many."""
     x = torch.cat([torch.tensor([1.0]), torch.logspace(-3.5, -0.01, 200)])
     if kind == "m":
         x[1::2] *= -1
@@ -171,7 +171,7 @@ def test_hostile_gradients(run, state: str) -> None:
 
 @pytest.mark.parametrize("state", NARROW)
 def test_a_moment_follows_its_mean(state: str) -> None:
-    """500 steps: the second moment of noise stays within some percent, where nearest would stick."""
+    """500 steps: the second moment of noise is right within percents, where nearest would stick."""
     row, wide = Row(4, 256, state), Row(4, 256, "float32")
     generator = torch.Generator().manual_seed(1)
     hyper = (1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)
@@ -240,7 +240,7 @@ FORMS = {
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("state", NARROW)
 def test_every_form_is_near_float32(state: str, options: dict, backend: str) -> None:
-    (sae, optimizer), (wide, exact) = (trained(s, backend, **options) for s in (state, "float32"))
+    (sae, optimizer), (wide, _) = (trained(s, backend, **options) for s in (state, "float32"))
     fresh = SAE(sae.config)
     for name in ("W_enc", "W_dec"):
         p, q, start = (getattr(s, name).detach() for s in (sae, wide, fresh))
@@ -325,7 +325,7 @@ def test_codes_and_numbers_are_not_exchanged() -> None:
         sae, optimizer = trained(one)
         fresh = Adam(sae.parameters(), state=other)
         if "int8" in (one, other):
-            with pytest.raises(ValueError, match="exp_avg_sq: expected (int8 codes|none with)"):
+            with pytest.raises(ValueError, match=r"exp_avg_sq: expected (int8 codes|none with)"):
                 fresh.load_state_dict(optimizer.state_dict())
             continue
         fresh.load_state_dict(optimizer.state_dict())
