@@ -27,7 +27,7 @@ class Plan:
     weights: int
     """W_enc, W_dec, W_skip and biases."""
     moments: int
-    """Adam's, and a counter for each row."""
+    """Adam's, with scales, and a counter for each row."""
     gradients: int
     """Matrices of gradients; 0 where rows are summed in the update."""
     average: int
@@ -72,11 +72,11 @@ def plan(
     wide = torch.promote_types(DTYPES[config.dtype], torch.float32).itemsize
     item = DTYPES[config.dtype].itemsize if exact else wide
     kept = 2 if train.beta1 or exact else 1
-    rows = 0 if exact else 4 * (3 * d_sae + d_out)
+    counted = sum(rows for rows, _ in matrices) + (2 if config.encoder_bias else 1)
     pairs = n * (_pairs_a_token(config) + (config.k_aux or d_in // 2 if config.auxk_coef else 0))
     state = config.selection.state(1, 1)
     of_matrices = sum(n_bytes(train.state, *shape, item) for shape in matrices)
-    moments = kept * (of_matrices + biases * item) + rows
+    moments = kept * (of_matrices + biases * item) + (0 if exact else 4 * counted)
     average = 0 if train.ema is None else elements * wide
     counters = d_sae * (8 + 4 * len(state))
     lasting = weights + moments + average + counters

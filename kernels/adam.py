@@ -13,10 +13,9 @@ Dtypes   p, dense and pairs fp32, bf16 or fp16; m, v fp32 or bf16, each on its o
          numbers or 0-d tensors on p's device, so that a step can be captured in a graph and clipped
          without waiting. Arithmetic is fp32, but bias corrections, once for all rows, are fp64.
 Strides  p, m, v, scales, last contiguous; dense any.
-Rounding bf16 is rounded to nearest, ties to even; with stochastic_rounding up or down, by how near
-         both are, by Philox4x32-7 with key step and counter (⌊d/2⌋, first_row + f); codes always
-         so. Done on the bits, since the interpreter's own cast cuts off. fp16 is rounded to
-         nearest, from 65520 on to inf.
+Rounding bf16 is rounded to nearest, ties to even; with stochastic_rounding, and codes always, up or
+         down, by how near both are, by Philox4x32-7 with key step and counter (⌊d/2⌋, first_row +
+         f). Done on bits: the interpreter's cast cuts off. fp16: to nearest, from 65520 on to inf.
 Skips    A row without a gradient is not read where `lazy`, where m is None (β₁ = 0: it does not
          move, so its v is caught up by β₂^(step - 1 - last) when it is next touched), and where it
          was never touched, last = 0; but weight_decay moves every row. Where scale is not finite
@@ -29,7 +28,7 @@ Order    The gradient's, a row's square norm and their sums: gradients.py. Every
 Bytes    A moved row: p, m, v read and written once (24·D bytes in fp32, 8·D for p and v in bf16,
          12.1·D with codes),
          and its pairs' rows of src. With project p is read twice, but once from memory. No (F, D)
-         gradient exists. Above D = 8192 a projected row does not fit in the registers, and spills.
+         gradient exists. Above D = 8192, with codes 4096, a projected row spills from registers.
 """
 
 import math
@@ -140,18 +139,16 @@ def _adam_kernel(
         half = tl.program_id(1) * (1 << LOG2_D - 1) + tl.arange(0, 1 << LOG2_D - 1)
         row = (half * 0 + f + first_row).to(tl.int32)
         random_mv, random_p = random_words(step, half, row, 1 << LOG2_D)
-    v = load_moment(v_ptr + at, v_scale_ptr, f, d, D, in_row)
-    m = g
     if m_ptr is None:
-        missed = step - 1 - before
-        v *= tl.where(missed > 0, tl.exp(missed.to(tl.float32) * log_beta2), 1.0)
+        m = g
     else:
         m = load_moment(m_ptr + at, m_scale_ptr, f, d, D, in_row)
         m = m * beta1 + g * one_minus_beta1
-    if v_scale_ptr is not None:
-        tl.debug_barrier()  # a warp would write scales that another has still to read
-    if m_ptr is not None:
         store_moment(m_ptr + at, m_scale_ptr, m, f, d, D, in_row, random_mv, STOCHASTIC, LOG2_D)
+    v = load_moment(v_ptr + at, v_scale_ptr, f, d, D, in_row)
+    if m_ptr is None:
+        missed = step - 1 - before
+        v *= tl.where(missed > 0, tl.exp(missed.to(tl.float32) * log_beta2), 1.0)
     v = v * beta2 + g * g * one_minus_beta2
     random_v = random_mv >> 16
     store_moment(v_ptr + at, v_scale_ptr, v, f, d, D, in_row, random_v, STOCHASTIC, LOG2_D)

@@ -68,6 +68,7 @@ def store_moment(
     if scale_ptr is None:
         store_rounded(ptrs, x, mask, random, STOCHASTIC)
     else:
+        tl.debug_barrier()  # a warp would write a scale that another has still to read
         SIGNED: tl.constexpr = ptrs.dtype.element_ty == tl.int8
         size = tl.abs(x) if SIGNED else tl.sqrt_rn(x)
         size = tl.where(mask, size, 0.0)

@@ -442,7 +442,10 @@ def test_compiled(target, variant):
     used = compiled(module.__name__, variant, TARGETS[target])
     assert used["registers"] <= 255
     # Bytes of a thread; the tiles are tuned for an H100.
-    assert used["spills"] <= (400 if "16384" in variant else 0 if target == "H100" else 16)
+    long_rows = {"16384-project-i8": 640, "8192-project-i8": 128, "16384": 400}
+    few = 0 if target == "H100" else 16
+    allowed = next((limit for name, limit in long_rows.items() if name in variant), few)
+    assert used["spills"] <= allowed
     assert used["shared"] <= 65536
     assert used["atomics"] == 0
     if "ragged" not in variant and variant != "constants":
