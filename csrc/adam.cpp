@@ -68,8 +68,8 @@ void update_as(const AdamArgs& a) {
       float(a.scale)};
   const bool catch_up = a.m == nullptr;  // beta1 = 0
   const bool rounds_p = a.stochastic && a.p.is_bf16;
-  const bool draws = rounds_p || a.stored == Stored::INT8 ||
-                     (a.stochastic && a.stored == Stored::BF16);
+  const bool draws =
+      rounds_p || a.stored == Stored::INT8 || (a.stochastic && a.stored == Stored::BF16);
   const int64_t width = coded_width(a.d);
   Buffer<float> rows(a.threads * 4 * width);
   Buffer<uint32_t> words(draws ? a.threads * 2 * width : 0);

@@ -137,9 +137,9 @@ enum class Stored { FLOAT, BF16, INT8 };
 struct AdamArgs {
   MutableMatrix p;  // (n, d) parameter, updated
   int64_t n, d;
-  Stored stored;  // how both moments are: fp32, bf16 or codes (int8 and uint8)
-  void* m;        // (n, d) first moment, updated; null where beta1 is 0
-  void* v;        // (n, d) second moment, updated
+  Stored stored;   // how both moments are: fp32, bf16 or codes (int8 and uint8)
+  void* m;         // (n, d) first moment, updated; null where beta1 is 0
+  void* v;         // (n, d) second moment, updated
   float* m_scale;  // (n, ⌈d / MOMENT_BLOCK⌉) of codes, else null; updated
   float* v_scale;
   int32_t* last;  // (n) the step that last updated a row, 0 for none; updated

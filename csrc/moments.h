@@ -177,8 +177,7 @@ class Moments {
       if (a_.m) narrow(m, static_cast<bf16*>(a_.m) + at_, random, 0);
       narrow(v, static_cast<bf16*>(a_.v) + at_, random, 16);
     } else if (a_.stored == Stored::INT8) {
-      if (a_.m)
-        encode_m(m, d_, random, static_cast<int8_t*>(a_.m) + at_, a_.m_scale + scales_at_);
+      if (a_.m) encode_m(m, d_, random, static_cast<int8_t*>(a_.m) + at_, a_.m_scale + scales_at_);
       encode_v(v, d_, random, static_cast<uint8_t*>(a_.v) + at_, a_.v_scale + scales_at_);
     }
   }

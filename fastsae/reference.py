@@ -491,12 +491,14 @@ def adam_(
     w = w * (1 - lr * weight_decay) - first * (lr / (1 - beta1**step)) / denominator
     if project:
         normalize_rows_(w)
-    rows = touched.nonzero()[:, 0] + first_row
-    words, of_parameter = moments.random_words(step, rows, matrix.shape[1])
-    drawn = stochastic_rounding or scales[1] is not None
-    new = ([(first, words)] if m is not None else []) + [(second, words >> 16)]
+    words = of_parameter = None
+    if stochastic_rounding or scales[1] is not None:
+        rows = touched.nonzero()[:, 0] + first_row
+        words, of_parameter = moments.random_words(step, rows, matrix.shape[1])
+    new = [] if m is None else [(first, words)]
+    new.append((second, None if words is None else words >> 16))
     for (t, s), (value, bits) in zip(kept, new, strict=True):
-        t[touched], found = moments.write(value, t, bits if drawn else None)
-        if s is not None:
+        t[touched], found = moments.write(value, t, bits)
+        if s is not None and found is not None:
             s[touched] = found
     matrix[touched] = moments.round_to(w, p.dtype, of_parameter if stochastic_rounding else None)
