@@ -11,6 +11,7 @@ namespace FASTSAE_ISA {
 namespace {
 
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint64_t lvec __attribute__((vector_size(4 * LANES)));
 
 constexpr int64_t CODED = MOMENT_BLOCK;  // columns that share a scale
 constexpr float M_UNIT = 127 * 127, V_UNIT = 255 * 255;
@@ -24,36 +25,40 @@ FASTSAE_INLINE vec to_vec(ivec i) { return __builtin_convertvector(i, vec); }
 FASTSAE_INLINE ivec to_ivec(vec v) { return __builtin_convertvector(v, ivec); }
 FASTSAE_INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
 
+// Of numbers below 2³², which a product of 64 bits would not use.
+FASTSAE_INLINE lvec product(lvec a, uint32_t b) {
+  const lvec by = lvec{} + b;
+#if defined(__AVX512F__)
+  return (lvec)_mm512_mul_epu32((__m512i)a, (__m512i)by);
+#elif defined(__AVX2__)
+  return (lvec)_mm256_mul_epu32((__m256i)a, (__m256i)by);
+#elif defined(__x86_64__)
+  return (lvec)_mm_mul_epu32((__m128i)a, (__m128i)by);
+#else
+  return a * by;
+#endif
+}
+
 // Philox4x32-7 (Salmon et al. 2011) with key step and counter (⌊j/2⌋, row): for column j one word
-// for the moments and one for the parameter. d is rounded up to whole groups of 32.
+// for the moments and one for the parameter. Writes whole vectors.
 inline void random_row(int64_t step, int64_t row, int64_t d, uint32_t* of_moments,
                        uint32_t* of_parameter) {
-  constexpr int GROUP = 16;
-  for (int64_t half = 0; 2 * half < d; half += GROUP) {
-    uint32_t c0[GROUP], c1[GROUP], c2[GROUP], c3[GROUP];
-    for (int i = 0; i < GROUP; ++i) {
-      c0[i] = static_cast<uint32_t>(half + i);
-      c1[i] = static_cast<uint32_t>(row);
-      c2[i] = c3[i] = 0;
-    }
+  for (int64_t half = 0; 2 * half < d; half += LANES / 2) {
+    lvec c0, c1 = lvec{} + static_cast<uint32_t>(row), c2{}, c3{};
+    for (int i = 0; i < LANES / 2; ++i) c0[i] = half + i;
     uint32_t k0 = static_cast<uint32_t>(step), k1 = 0;
     for (int round = 0; round < 7; ++round) {
-      for (int i = 0; i < GROUP; ++i) {
-        const uint64_t a = uint64_t{0xD2511F53u} * c0[i], b = uint64_t{0xCD9E8D57u} * c2[i];
-        c0[i] = static_cast<uint32_t>(b >> 32) ^ c1[i] ^ k0;
-        c2[i] = static_cast<uint32_t>(a >> 32) ^ c3[i] ^ k1;
-        c1[i] = static_cast<uint32_t>(b);
-        c3[i] = static_cast<uint32_t>(a);
-      }
+      const lvec a = product(c0, 0xD2511F53u), b = product(c2, 0xCD9E8D57u);
+      c0 = (b >> 32) ^ c1 ^ uint64_t{k0};
+      c2 = (a >> 32) ^ c3 ^ uint64_t{k1};
+      c1 = b & 0xffffffffu;
+      c3 = a & 0xffffffffu;
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    for (int i = 0; i < GROUP; ++i) {
-      of_moments[2 * (half + i)] = c0[i];
-      of_moments[2 * (half + i) + 1] = c1[i];
-      of_parameter[2 * (half + i)] = c2[i];
-      of_parameter[2 * (half + i) + 1] = c3[i];
-    }
+    const lvec m = c0 | c1 << 32, p = c2 | c3 << 32;  // the even column's word first
+    std::memcpy(of_moments + 2 * half, &m, sizeof m);
+    std::memcpy(of_parameter + 2 * half, &p, sizeof p);
   }
 }
 
