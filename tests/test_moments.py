@@ -210,17 +210,17 @@ def test_small_steps_of_bf16_parameters_add_up() -> None:
 
 
 def trained(state: str, backend: str | None = None, *, restart=True, dtype="float32", **options):
-    """An SAE after 30 steps, and its optimiser; with restart a new one took over half-way."""
+    """An SAE after 16 steps, and its optimiser; with restart a new one took over half-way."""
     config = SAEConfig(21, 300, TopK(4), dead_after=150, dtype=dtype)
     sae = SAE(config, backend=backend)
     options = {"lr": 2e-3, "unit_rows": [sae.W_dec], "state": state, "backend": backend, **options}
     optimizer = Adam(sae.parameters(), **options)
     generator = torch.Generator().manual_seed(7)
-    for step in range(30):
+    for step in range(16):
         optimizer.zero_grad()
         sae.losses(torch.randn(48, 21, generator=generator)).loss.backward()
         optimizer.step()
-        if restart and step == 15:
+        if restart and step == 8:
             kept = optimizer.state_dict()
             optimizer = Adam(sae.parameters(), **options)
             optimizer.load_state_dict(kept)
