@@ -7,9 +7,12 @@
 // cannot. With beta1 = 0 an untouched row does not move at all, so its second moment is caught up
 // when it is next touched, which is exact. `lazy` leaves untouched rows alone with any beta1, which
 // is not Adam but what torch.optim.SparseAdam does.
+//
+// Moments that are not fp32 are widened for the visit, a row in the cache.
 #include <cmath>
 
 #include "kernels.h"
+#include "moments.h"
 #include "pool.h"
 #include "rows.h"
 #include "simd.h"
@@ -50,6 +53,11 @@ FASTSAE_INLINE V adam_step(V g, V w, V& m, V& v, const Constants& c, V root(V)) 
 }
 FASTSAE_INLINE float scalar_root(float x) { return std::sqrt(x); }
 
+void round_parameter(const float* w, float* p, int64_t d, const uint32_t*) { round_row(w, p, d); }
+void round_parameter(const float* w, bf16* p, int64_t d, const uint32_t* random) {
+  random ? round_row_at_random(w, p, d, random, 0) : round_row(w, p, d);
+}
+
 template <class T>
 void update_as(const AdamArgs& a) {
   const double c1 = 1 - std::pow(a.beta1, double(a.step)),
@@ -59,17 +67,23 @@ void update_as(const AdamArgs& a) {
       float(a.lr / c1), float(std::sqrt(c2)), float(a.eps),   float(1 - a.lr * a.weight_decay),
       float(a.scale)};
   const bool catch_up = a.m == nullptr;  // beta1 = 0
-  Buffer<float> rows(a.threads * 3 * a.d);
+  const bool rounds_p = a.stochastic && a.p.is_bf16;
+  const bool draws =
+      rounds_p || a.stored == Stored::INT8 || (a.stochastic && a.stored == Stored::BF16);
+  const int64_t width = coded_width(a.d);
+  Buffer<float> rows(a.threads * 4 * width);
+  Buffer<uint32_t> words(draws ? a.threads * 2 * width : 0);
   for_each_row(a.n, a.threads, [&](int64_t f, int worker) {
-    float* g = rows.data + worker * 3 * a.d;
-    float* w = g + a.d;
-    float* m = a.m ? a.m + f * a.d : w + a.d;
-    float* v = a.v + f * a.d;
+    float* g = rows.data + worker * 4 * width;
+    float* w = g + width;
+    uint32_t* random = words.data + worker * 2 * width;
     if (!gradient<T>(a, f, g)) {
       const bool still = a.lazy || catch_up || a.last[f] == 0;
       if (still && a.weight_decay == 0) return;
       for (int64_t j = 0; j < a.d; ++j) g[j] = 0;
     }
+    Moments moments(a, f, w + width);
+    float *m = moments.m, *v = moments.v;
     if (catch_up) {
       const float decay = float(std::pow(a.beta2, double(a.step - 1 - a.last[f])));
       for (int64_t j = 0; j < a.d; ++j) m[j] = 0, v[j] *= decay;
@@ -85,7 +99,9 @@ void update_as(const AdamArgs& a) {
     }
     for (; j < a.d; ++j) w[j] = adam_step<float>(g[j], to_float(p[j]), m[j], v[j], c, scalar_root);
     if (a.normalize) normalize_row(w, a.d);
-    round_row(w, p, a.d);
+    if (draws) random_row(a.step, a.first_row + f, width, random, random + width);
+    moments.write(random);
+    round_parameter(w, p, a.d, rounds_p ? random + width : nullptr);
   });
 }
 

@@ -81,6 +81,7 @@ struct View {
   void* data = nullptr;
   int64_t rows = 1, cols = 0, ld = 0;  // a vector is one row
   bool is_bf16 = false;
+  std::string dtype;
   Matrix matrix() const { return {data, ld, is_bf16}; }
   MutableMatrix mutable_matrix() const { return {data, ld, is_bf16}; }
   template <class T>
@@ -127,6 +128,7 @@ View view(const py::handle& t, const std::string& name, const std::string& dtype
   v.cols = got.back();
   v.ld = got.size() == 2 ? stride[0] : v.cols;
   v.is_bf16 = dtype == "bfloat16";
+  v.dtype = dtype;
   if (v.rows > 0 && v.cols > 1 && stride.back() != 1)
     throw py::value_error(name + ": expected unit stride inside a row, got strides " +
                           shape_text(stride));
@@ -573,14 +575,36 @@ double gradient_square_norm(py::object p, py::object dense, py::list segments, b
   return k.gradient_square_norm(call.args);
 }
 
-void adam(py::object p, py::object m, py::object v, py::object last, py::object dense,
-          py::list segments, double lr, double beta1, double beta2, double eps, double weight_decay,
-          double scale, int64_t step, bool lazy, bool project, bool normalize, int threads,
-          const std::string& isa) {
+// Both moments are stored the same way, which v's dtype says.
+void set_moments(AdamArgs& a, const py::handle& m, const py::handle& v, const py::handle& m_scale,
+                 const py::handle& v_scale) {
+  const View vv = packed(view(v, "v", "float32 bfloat16 uint8", {a.n, a.d}, OUT), "v");
+  const bool coded = vv.dtype == "uint8";
+  const std::string of_m = coded ? "int8" : vv.dtype;
+  a.stored = coded ? Stored::INT8 : vv.is_bf16 ? Stored::BF16 : Stored::FLOAT;
+  a.m = packed(optional_view(m, "m", of_m, {a.n, a.d}, OUT), "m").data;
+  a.v = vv.data;
+  if (!coded) {
+    if (!m_scale.is_none() || !v_scale.is_none())
+      throw py::value_error("m_scale, v_scale: expected None with moments of " + vv.dtype);
+    return;
+  }
+  const int64_t blocks = (a.d + MOMENT_BLOCK - 1) / MOMENT_BLOCK;
+  a.v_scale =
+      packed(view(v_scale, "v_scale", "float32", {a.n, blocks}, OUT), "v_scale").as<float>();
+  if (a.m)
+    a.m_scale =
+        packed(view(m_scale, "m_scale", "float32", {a.n, blocks}, OUT), "m_scale").as<float>();
+}
+
+void adam(py::object p, py::object m, py::object v, py::object m_scale, py::object v_scale,
+          py::object last, py::object dense, py::list segments, double lr, double beta1,
+          double beta2, double eps, double weight_decay, double scale, int64_t step,
+          int64_t first_row, bool lazy, bool project, bool normalize, bool stochastic_rounding,
+          int threads, const std::string& isa) {
   AdamCall call(p, dense, segments, project, threads);
   AdamArgs& a = call.args;
-  a.m = packed(optional_view(m, "m", "float32", {a.n, a.d}, OUT), "m").as<float>();
-  a.v = packed(view(v, "v", "float32", {a.n, a.d}, OUT), "v").as<float>();
+  set_moments(a, m, v, m_scale, v_scale);
   a.last = view(last, "last", "int32", {a.n}, OUT).as<int32_t>();
   if (!a.m && beta1 != 0)
     throw py::value_error("m: expected a first moment with beta1 above 0, got None");
@@ -594,8 +618,10 @@ void adam(py::object p, py::object m, py::object v, py::object last, py::object 
   a.weight_decay = weight_decay;
   a.scale = scale;
   a.step = step;
+  a.first_row = first_row;
   a.lazy = lazy;
   a.normalize = normalize;
+  a.stochastic = stochastic_rounding;
   const Kernels& k = kernels_for(isa);
   py::gil_scoped_release release;
   k.adam(a);
@@ -667,8 +693,9 @@ PYBIND11_MODULE(_C, m) {
         arg("project"), arg("threads"), arg("isa") = "");
   m.def("auction", &match_by_auction, arg("values"), arg("columns"), arg("step"), arg("partners"),
         arg("prices"));
-  m.def("adam", &adam, arg("p"), arg("m"), arg("v"), arg("last"), arg("dense"), arg("segments"),
-        arg("lr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"), arg("scale"),
-        arg("step"), arg("lazy"), arg("project"), arg("normalize"), arg("threads"),
+  m.def("adam", &adam, arg("p"), arg("m"), arg("v"), arg("m_scale"), arg("v_scale"), arg("last"),
+        arg("dense"), arg("segments"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"),
+        arg("weight_decay"), arg("scale"), arg("step"), arg("first_row"), arg("lazy"),
+        arg("project"), arg("normalize"), arg("stochastic_rounding"), arg("threads"),
         arg("isa") = "");
 }

@@ -131,18 +131,26 @@ struct RowGradientArgs {
   int threads;
 };
 
+constexpr int64_t MOMENT_BLOCK = 256;  // columns of a row whose INT8 codes share a scale
+enum class Stored { FLOAT, BF16, INT8 };
+
 struct AdamArgs {
   MutableMatrix p;  // (n, d) parameter, updated
   int64_t n, d;
-  float* m;       // (n, d) first moment, updated; null where beta1 is 0
-  float* v;       // (n, d) second moment, updated
+  Stored stored;   // how both moments are: fp32, bf16 or codes (int8 and uint8)
+  void* m;         // (n, d) first moment, updated; null where beta1 is 0
+  void* v;         // (n, d) second moment, updated
+  float* m_scale;  // (n, ⌈d / MOMENT_BLOCK⌉) of codes, else null; updated
+  float* v_scale;
   int32_t* last;  // (n) the step that last updated a row, 0 for none; updated
   Matrix dense;   // (n, d) gradient besides the segments', or data null
   const Segment* segments;
   int64_t n_segments;
   double lr, beta1, beta2, eps, weight_decay, scale;
-  int64_t step;  // from 1
+  int64_t step;       // from 1
+  int64_t first_row;  // what row 0 counts as where numbers are drawn
   bool lazy, project, normalize;
+  bool stochastic;  // bf16 is rounded at random, not to nearest
   int threads;
 };
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastsae.config import SAEConfig
 from fastsae.files import read_json, sync_folder, write_json
+from fastsae.moments import n_blocks
 from fastsae.optim import Adam
 from fastsae.sae import SAE
 from fastsae.tensors import own_rows, read_tensors, write_tensors
@@ -262,7 +263,9 @@ def _check_tensors(
             shapes[f"{name}/exp_avg_sq"] = tuple(p.shape)
         if trainer.ema is not None:
             shapes[f"{name}/ema"] = tuple(p.shape)
-        shapes |= {n: tuple(p.shape) for n in tensors if n.startswith(f"{name}/exp_avg")}
+        for moment in (n for n in tensors if n.startswith(f"{name}/exp_avg")):
+            scales = moment.endswith("_scale")
+            shapes[moment] = (len(p), n_blocks(p.shape[-1])) if scales else tuple(p.shape)
         last = tensors.get(f"{name}/last")
         if last is not None and last.numel() and int(last.max()) > facts["step"]:
             raise ValueError(f"{path}: {name}/last: expected steps up to {facts['step']}")

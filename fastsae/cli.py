@@ -186,8 +186,6 @@ class Plan:
     """Active latents a token."""
     dtype: str = "float32"
     """Of the parameters."""
-    bf16_state: bool = False
-    """Adam's moments in bfloat16 (on a GPU)."""
     shard_latents: int = 1
     """Processes that the latents are divided between."""
     data_parallel: int = 1
@@ -210,7 +208,6 @@ class Plan:
         found = plan.plan(
             config,
             self.train.checked(),
-            bf16_state=self.bf16_state,
             latents=self.shard_latents,
             data=self.data_parallel,
         )

@@ -11,6 +11,7 @@ import torch
 
 from fastsae import losses
 from fastsae.files import read_json
+from fastsae.moments import STATES, State
 from fastsae.selection import Selection, TopK
 
 DTYPES = {
@@ -145,6 +146,8 @@ class TrainConfig:
     is one of each part."""
     optimizer: Literal["adam", "adam-lazy", "torch-adam"] = "adam"
     """adam: exact, on gradient rows; adam-lazy: touched rows only; torch-adam: torch's own."""
+    state: State = "float32"
+    """Adam's moments of matrices: float32 (float64 of such weights), bfloat16, or int8 codes."""
     beta1: float = 0.9
     """Adam's decay of the mean gradient."""
     beta2: float = 0.999
@@ -214,6 +217,10 @@ class TrainConfig:
         if self.optimizer not in OPTIMIZERS:
             optimizers = ", ".join(OPTIMIZERS)
             raise ValueError(f"optimizer: expected one of {optimizers}, got {self.optimizer!r}")
+        if self.state not in STATES:
+            raise ValueError(f"state: expected one of {', '.join(STATES)}, got {self.state!r}")
+        if self.state != "float32" and self.optimizer == "torch-adam":
+            raise ValueError(f"state: expected float32 with torch-adam, got {self.state}")
         if self.b_dec not in B_DEC_STARTS:
             starts = ", ".join(B_DEC_STARTS)
             raise ValueError(f"b_dec: expected one of {starts}, got {self.b_dec!r}")

@@ -26,6 +26,7 @@ except ImportError as error:  # fastsae/__init__.py says so
         missing = f"it does not load: {error}"
 
 if TYPE_CHECKING:
+    from fastsae.moments import Scales
     from fastsae.ops import RowGradient
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -330,6 +331,10 @@ def adam_(
     scale: float,
     step: int,
     lazy: bool,
+    *,
+    scales: Scales = (None, None),
+    stochastic_rounding: bool = False,
+    first_row: int = 0,
 ) -> None:
     """:func:`fastsae.reference.adam_`."""
     matrix, grad, segments = _adam_inputs(p, dense, gradients)
@@ -337,6 +342,7 @@ def adam_(
         matrix,
         None if m is None else m.view(matrix.shape),
         v.view(matrix.shape),
+        *scales,
         last,
         grad,
         segments,
@@ -347,9 +353,11 @@ def adam_(
         weight_decay=weight_decay,
         scale=scale,
         step=step,
+        first_row=first_row,
         lazy=lazy,
         project=project,
         normalize=project,
+        stochastic_rounding=stochastic_rounding,
         threads=torch.get_num_threads(),
     )
-    increment_version([t for t in (p, m, v, last) if t is not None])
+    increment_version([t for t in (p, m, v, *scales, last) if t is not None])

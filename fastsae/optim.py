@@ -26,14 +26,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastsae import ops, reference
+from fastsae.moments import STATES, State, n_blocks
 
 
 class Adam(torch.optim.Optimizer):
     """Adam (Kingma & Ba 2015) with the row gradients of fastsae's ops.
 
-    The update is torch.optim.Adam's for every row, to the rounding; moments are float32 (float64
-    for float64 parameters). With betas[0] = 0 an untouched row does not move, so its second moment
-    is caught up when it is next touched, which is exact too and leaves untouched rows unread.
+    The update is torch.optim.Adam's for every row, to the rounding. With betas[0] = 0 an untouched
+    row does not move, so its second moment is caught up when it is next touched, which is exact too
+    and leaves untouched rows unread.
 
     lazy: untouched rows keep their moments and values, as in torch.optim.SparseAdam; not Adam. A
     dense or a block gradient touches all rows.
@@ -41,10 +42,13 @@ class Adam(torch.optim.Optimizer):
     weight_decay: decoupled (AdamW); ValueError with lazy, where it cannot be exact.
     unit_rows: parameters whose rows have norm 1: the gradient's part along a row is removed before
     the update (and before clipping), and the row is normalised after it.
-    bf16_state: moments are bfloat16, and like bfloat16 parameters rounded up or down at random by
-    how near both are, so that small updates are not lost on average; backend "triton" only.
+    state: how the moments of matrices are kept: float32 (float64 for float64 parameters), bfloat16
+    or int8, codes with a scale for each 256 columns (`fastsae.moments`). Those of vectors are
+    float32. The narrow ones, and bfloat16 parameters with any state, are rounded up or down at
+    random by how near both are, so that small updates are not lost on average.
     sum_over_shards: parameters of which this process holds some rows only, and what sums a 0-d
     tensor over all processes, for the norm of the whole gradient (`fastsae.sharding`).
+    first_row: where those rows begin; what is drawn for a row of a matrix goes by its number.
 
     With backend "triton" nothing here waits for the device: the step count is a tensor there, and
     with `clip` a gradient that is not finite makes a step that writes nothing, instead of an
@@ -62,8 +66,9 @@ class Adam(torch.optim.Optimizer):
         lazy: bool = False,
         clip: float | None = None,
         unit_rows: Iterable[Parameter] = (),
-        bf16_state: bool = False,
+        state: State = "float32",
         sum_over_shards: tuple[Iterable[Tensor], Callable[[Tensor], Tensor]] | None = None,
+        first_row: int = 0,
         backend: str | None = None,
     ) -> None:
         for name, value, top in (
@@ -81,13 +86,15 @@ class Adam(torch.optim.Optimizer):
             raise ValueError(
                 "weight_decay: expected 0 with lazy, which cannot decay untouched rows"
             )
+        if state not in STATES:
+            raise ValueError(f"state: expected one of {', '.join(STATES)}, got {state!r}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
-        self.lazy, self.clip, self.bf16_state, self.backend = lazy, clip, bf16_state, backend
+        self.lazy, self.clip, self.stored, self.backend = lazy, clip, state, backend
         self.unit_rows = {id(p) for p in unit_rows}
         divided, sums = sum_over_shards or ((), None)
         self.sum: Callable[[Tensor], Tensor] | None = sums
-        self.divided = {id(p) for p in divided}
+        self.divided, self.first_row = {id(p) for p in divided}, first_row
         owned = [p for group in self.param_groups for p in group["params"]]
         if not self.unit_rows <= {id(p) for p in owned}:
             raise ValueError(
@@ -217,13 +224,23 @@ class Adam(torch.optim.Optimizer):
         raise TypeError("Adam: expected state_dict and load_state_dict, got a copy or a pickle")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments get this optimiser's dtype, not the parameter's."""
+        """As torch's, but moments get this optimiser's dtype, not the parameter's.
+
+        ValueError: codes where this optimiser has none, or none where it has them.
+        """
         super().load_state_dict({**state_dict, "state": {}})  # which would convert and copy it
         own = (p for group in self.param_groups for p in group["params"])
         theirs = (i for group in state_dict["param_groups"] for i in group["params"])
         for p, i in zip(own, theirs, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if name.startswith("exp_avg"):
+            given = state_dict["state"].get(i, {})
+            if given and ("exp_avg_sq_scale" in given) != self._is_coded(p):
+                own_kind = "int8 codes" if self._is_coded(p) else f"none with state {self.stored!r}"
+                got = given["exp_avg_sq"].dtype
+                raise ValueError(f"exp_avg_sq: expected {own_kind}, got {got}")
+            for name, value in given.items():
+                if name.endswith("_scale") or (name.startswith("exp_avg") and self._is_coded(p)):
+                    value = value.detach().to(p.device, copy=True)
+                elif name.startswith("exp_avg"):
                     value = value.detach().to(p.device, self._moment_dtype(p), copy=True)
                 elif name == "step":
                     on_device = self._on_device(p)
@@ -232,8 +249,13 @@ class Adam(torch.optim.Optimizer):
                     value = value.detach().to(p.device, copy=True)
                 self.state[p][name] = value
 
+    def _is_coded(self, p: Tensor) -> bool:
+        return self.stored == "int8" and p.ndim == 2
+
     def _moment_dtype(self, p: Tensor) -> torch.dtype:
-        return torch.bfloat16 if self.bf16_state else torch.promote_types(p.dtype, torch.float32)
+        if self.stored == "bfloat16" and p.ndim == 2:
+            return torch.bfloat16
+        return torch.promote_types(p.dtype, torch.float32)
 
     def _backend(self, p: Tensor) -> str:
         return self.backend or ops.choose_backend(p)
@@ -267,14 +289,15 @@ class Adam(torch.optim.Optimizer):
         if state:
             return
         on_device = self._on_device(p)
-        if self.bf16_state and not on_device:
-            raise ValueError("bf16_state: expected backend 'triton', which rounds stochastically")
-        dtype = self._moment_dtype(p)
         # On the device a step that writes nothing must not count, so the count is there too.
         state["step"] = torch.zeros((), dtype=torch.int64, device=p.device) if on_device else 0
-        if group["betas"][0]:
-            state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
-        state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
+        kinds = {"exp_avg": torch.int8} if group["betas"][0] else {}
+        for name, code in {**kinds, "exp_avg_sq": torch.uint8}.items():
+            dtype = code if self._is_coded(p) else self._moment_dtype(p)
+            state[name] = torch.zeros_like(p, dtype=dtype)
+            if self._is_coded(p):
+                blocks = n_blocks(p.shape[1])
+                state[f"{name}_scale"] = torch.zeros(len(p), blocks, device=p.device)
         rows = len(reference.as_rows(p))
         state["last"] = torch.zeros(rows, dtype=torch.int32, device=p.device)
 
@@ -283,14 +306,19 @@ class Adam(torch.optim.Optimizer):
     ) -> None:
         beta1, beta2 = group["betas"]
         state = self.state[p]
-        m = state.get("exp_avg")
+        m, v, m_scale, v_scale = (
+            None if (t := state.get(name)) is None else piece.of(t)
+            for name in ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+        )
+        assert v is not None
+        first_row = self.first_row if id(p) in self.divided and p.ndim == 2 else 0
         ops.adam_(
             piece.of(p),
             piece.dense,
             piece.gradients,
             self._is_unit(p),
-            m=None if m is None else piece.of(m),
-            v=piece.of(state["exp_avg_sq"]),
+            m=m,
+            v=v,
             last=piece.of(state["last"]),
             lr=group["lr"],
             beta1=beta1,
@@ -300,7 +328,9 @@ class Adam(torch.optim.Optimizer):
             scale=scale,
             step=state["step"],
             lazy=self.lazy and p.ndim == 2,
-            stochastic_rounding=self.bf16_state,
+            scales=(m_scale, v_scale),
+            stochastic_rounding=torch.bfloat16 in (p.dtype, v.dtype),
+            first_row=first_row + (0 if piece.rows is None else piece.rows.start),
             backend=self.backend,
         )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fastsae.config import DTYPES, SAEConfig, TrainConfig
+from fastsae.moments import n_bytes
 from fastsae.sharding import exchanged
 
 PROCESS = 440 << 20
@@ -26,7 +27,7 @@ class Plan:
     weights: int
     """W_enc, W_dec, W_skip and biases."""
     moments: int
-    """Adam's, and a counter for each row."""
+    """Adam's, with scales, and a counter for each row."""
     gradients: int
     """Matrices of gradients; 0 where rows are summed in the update."""
     average: int
@@ -53,28 +54,29 @@ def plan(
     config: SAEConfig,
     train: TrainConfig,
     *,
-    bf16_state: bool = False,
     latents: int = 1,
     data: int = 1,
 ) -> Plan:
-    """The plan of a training. bf16_state: moments in bfloat16 (`fastsae.optim.Adam`).
+    """The plan of a training.
 
     latents, data: of one process of `fastsae.sharding.Shards`, but for the checkpoints, which all
     write together.
     """
     d_in, d_sae, n = config.d_in, -(-config.d_sae // latents), -(-train.batch_size // data)
     d_out = config.d_out or d_in
-    elements = d_sae * (d_in + d_out) + (d_sae if config.encoder_bias else 0) + d_out
-    elements += d_in * d_out if config.skip else 0
+    matrices = [(d_sae, d_in), (d_sae, d_out)] + ([(d_out, d_in)] if config.skip else [])
+    biases = (d_sae if config.encoder_bias else 0) + d_out
+    elements = biases + sum(rows * width for rows, width in matrices)
     weights = elements * DTYPES[config.dtype].itemsize
     exact = train.optimizer == "torch-adam"  # whose moments have the weights' dtype
     wide = torch.promote_types(DTYPES[config.dtype], torch.float32).itemsize
-    item = DTYPES[config.dtype].itemsize if exact else 2 if bf16_state else wide
+    item = DTYPES[config.dtype].itemsize if exact else wide
     kept = 2 if train.beta1 or exact else 1
-    rows = 0 if exact else 4 * (3 * d_sae + d_out)
+    counted = sum(rows for rows, _ in matrices) + (2 if config.encoder_bias else 1)
     pairs = n * (_pairs_a_token(config) + (config.k_aux or d_in // 2 if config.auxk_coef else 0))
     state = config.selection.state(1, 1)
-    moments = kept * elements * item + rows
+    of_matrices = sum(n_bytes(train.state, *shape, item) for shape in matrices)
+    moments = kept * (of_matrices + biases * item) + (0 if exact else 4 * counted)
     average = 0 if train.ema is None else elements * wide
     counters = d_sae * (8 + 4 * len(state))
     lasting = weights + moments + average + counters

@@ -27,7 +27,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastsae import moments
+
 if TYPE_CHECKING:
+    from fastsae.moments import Scales
     from fastsae.ops import RowGradient
 
 
@@ -455,6 +458,10 @@ def adam_(
     scale: float,
     step: int,
     lazy: bool,
+    *,
+    scales: Scales = (None, None),
+    stochastic_rounding: bool = False,
+    first_row: int = 0,
 ) -> None:
     """:func:`fastsae.ops.adam_`: m ← β₁m + (1-β₁)g, v ← β₂v + (1-β₂)g², p ← p - lr m̂ / (√v̂ + ε).
 
@@ -470,21 +477,31 @@ def adam_(
     matrix = as_rows(p.detach())
     g = grad[touched] * scale
     w = matrix[touched].to(grad.dtype)
-    second = v.view(matrix.shape)[touched]
+    kept = [(t.view(matrix.shape), s) for t, s in zip((m, v), scales, strict=True) if t is not None]
+    old = [moments.read(t[touched], None if s is None else s[touched]) for t, s in kept]
+    second = old[-1]
     if m is None:
         second = second * (beta2 ** (step - 1 - last[touched].to(second.dtype)))[:, None]
         first = g
     else:
-        first = m.view(matrix.shape)[touched] * beta1 + g * (1 - beta1)
-        m.view(matrix.shape)[touched] = first
+        first = old[0] * beta1 + g * (1 - beta1)
     second = second * beta2 + g * g * (1 - beta2)
-    v.view(matrix.shape)[touched] = second
     last[touched] = step
-    denominator = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
+    denominator = moments.root(second) / (1 - beta2**step) ** 0.5 + eps
     w = w * (1 - lr * weight_decay) - first * (lr / (1 - beta1**step)) / denominator
     if project:
         normalize_rows_(w)
-    matrix[touched] = w.to(p.dtype)
+    words = of_parameter = None
+    if stochastic_rounding or scales[1] is not None:
+        rows = touched.nonzero()[:, 0] + first_row
+        words, of_parameter = moments.random_words(step, rows, matrix.shape[1])
+    new = [] if m is None else [(first, words)]
+    new.append((second, None if words is None else words >> 16))
+    for (t, s), (value, bits) in zip(kept, new, strict=True):
+        t[touched], found = moments.write(value, t, bits)
+        if s is not None and found is not None:
+            s[touched] = found
+    matrix[touched] = moments.round_to(w, p.dtype, of_parameter if stochastic_rounding else None)
 
 
 def auction(values: Tensor, columns: Tensor, n_columns: int, step: float) -> tuple[Tensor, Tensor]:

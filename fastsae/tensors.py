@@ -24,6 +24,7 @@ NAMES = {  # of dtypes, in the header
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
     torch.uint8: "U8",
 }
 

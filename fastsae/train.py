@@ -82,7 +82,9 @@ class Trainer:
                 lazy=config.optimizer == "adam-lazy",
                 clip=config.clip,
                 unit_rows=[sae.W_dec] if sae.config.decoder_norm == "unit" else [],
+                state=config.state,
                 sum_over_shards=None if sae.shards is None else (_divided(sae), sae.shards.sum),
+                first_row=0 if sae.part is None else sae.part.rows.start,
                 backend=sae.backend,
             )
         self.ema = None if config.ema is None else EMA(sae, config.ema)

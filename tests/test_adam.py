@@ -164,8 +164,10 @@ def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
     for forced in (isa, cpu.isas()[-1]):
         p, m, v = (t.clone() for t in start)
         cpu._C.adam(
-            *(p, m, v, last.clone(), None, [index]),
+            *(p, m, v, None, None, last.clone(), None, [index]),
             **dict(zip(names, hyper, strict=True)),
+            first_row=0,
+            stochastic_rounding=False,
             project=True,
             normalize=True,
             threads=2,

@@ -107,9 +107,16 @@ def good_arguments() -> dict[str, dict[str, object]]:
             **{"p": weight.clone(), "m": randn(F, D), "v": randn(F, D).square()},
             **{"last": torch.zeros(F, dtype=torch.int32), "dense": randn(F, D)},
             **{"segments": segments, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
-            **{"weight_decay": 0.0, "scale": 1.0, "step": 3},
-            **{"lazy": False, "project": True, "normalize": True},
+            **{"weight_decay": 0.0, "scale": 1.0, "step": 3, "first_row": 0},
+            **{"lazy": False, "project": True, "normalize": True, "stochastic_rounding": True},
+            **{"m_scale": None, "v_scale": None},
         },
+    }
+    codes = torch.arange(F * D).view(F, D) % 100
+    calls["adam-coded"] = {
+        **calls["adam"],
+        **{"p": weight.bfloat16(), "m": codes.to(torch.int8) - 50, "v": codes.to(torch.uint8)},
+        **{"m_scale": torch.ones(F, 1), "v_scale": torch.ones(F, 1)},
     }
     calls = {name: {**args, "threads": 2, "isa": ""} for name, args in calls.items()}
     calls["auction"] = {
@@ -131,10 +138,16 @@ def test_good_arguments(name):
 def none_for_each() -> None:
     """What is optional may be None; all else says so."""
     optional = {"b_enc", "latents", "b_dec", "reconstruction", "rows", "coef_sums", "dense"}
-    optional |= {"lazy", "project", "normalize"}  # to pybind11, None is false
+    optional |= {
+        "lazy",
+        "project",
+        "normalize",
+        "stochastic_rounding",
+    }  # to pybind11, None is false
     for name in good_arguments():
         own = {"dvals"} if name.startswith("decode_error") else set()
         own |= {"coef"} if name == "column_sum" else set()
+        own |= {"m_scale", "v_scale"} if name == "adam" else set()
         own |= {"scale", "limit"} if name.startswith("encode") else set()
         own |= {"guide", "W_dec"} if name == "encode" else set()
         own |= set() if name.endswith("ragged") or name.startswith("encode") else {"row_ptr"}
@@ -145,7 +158,7 @@ def none_for_each() -> None:
                 continue
             # Without row_ptr the shape of idx is a wrong one; beta1 above 0 needs m; guide W_dec.
             wrong_value = argument == "row_ptr" and name.endswith("ragged")
-            wrong_value |= (name, argument) == ("adam", "m")
+            wrong_value |= name.startswith("adam") and argument == "m"
             wrong_value |= name == "encode-scored" and argument in ("guide", "W_dec")
             with pytest.raises(ValueError if wrong_value else TypeError):
                 call(name, args)
@@ -368,7 +381,7 @@ def good_outputs(name: str) -> tuple[str, ...]:
         "project_rows": ("grad",),
         "normalize_rows": ("W_dec",),
         "gradient_square_norm": (),
-        "adam": ("p", "m", "v", "last"),
+        "adam": ("p", "m", "v", "m_scale", "v_scale", "last"),
     }[name.partition("-")[0]]
 
 

@@ -402,11 +402,6 @@ def test_nothing_waits_for_the_device():
         ({"m": None}, ValueError, "m: expected a tensor, as beta1 is 0.9, got None"),
         ({"v": torch.zeros(4, 5)}, ValueError, r"v: expected shape \(4, 6\), got \(4, 5\)"),
         ({"v": torch.zeros(4, 6).half()}, TypeError, "v: expected .* got torch.float16"),
-        (
-            {"p": torch.zeros(4, 6).half(), "stochastic_rounding": True},
-            TypeError,
-            "p with stochastic_rounding: expected .*bfloat16, got torch.float16",
-        ),
         ({"last": torch.zeros(4)}, TypeError, "last: expected torch.int32, got torch.float32"),
         ({"last": torch.zeros(3).int()}, ValueError, r"last: expected shape \(4\), got \(3,\)"),
         ({"scale": torch.ones(1)}, ValueError, r"scale: expected shape \(\), got \(1,\)"),
@@ -447,7 +442,10 @@ def test_compiled(target, variant):
     used = compiled(module.__name__, variant, TARGETS[target])
     assert used["registers"] <= 255
     # Bytes of a thread; the tiles are tuned for an H100.
-    assert used["spills"] <= (400 if "16384" in variant else 0 if target == "H100" else 16)
+    long_rows = {"16384-project-i8": 640, "8192-project-i8": 128, "16384": 400}
+    few = 0 if target == "H100" else 16
+    allowed = next((limit for name, limit in long_rows.items() if name in variant), few)
+    assert used["spills"] <= allowed
     assert used["shared"] <= 65536
     assert used["atomics"] == 0
     if "ragged" not in variant and variant != "constants":

@@ -90,7 +90,9 @@ def bad_step(device: str, gradient: bool) -> dict[str, list[Tensor]]:
 def bf16_losses(device: str) -> list[float]:
     """A run with bfloat16 weights and moments, both rounded stochastically."""
     sae = SAE(SAEConfig(D, F, TopK(K), dtype="bfloat16"), device=device, backend="triton")
-    adam = Adam(sae.parameters(), lr=1e-2, unit_rows=[sae.W_dec], bf16_state=True, backend="triton")
+    adam = Adam(
+        sae.parameters(), lr=1e-2, unit_rows=[sae.W_dec], state="bfloat16", backend="triton"
+    )
     x = batches()[0].to(device)
     losses = []
     for _ in range(6):
@@ -99,7 +101,8 @@ def bf16_losses(device: str) -> list[float]:
         loss.backward()
         adam.step()
         losses.append(float(loss.detach()))
-    assert all(s["exp_avg_sq"].dtype == torch.bfloat16 for s in adam.state.values())
+    kinds = {1: torch.float32, 2: torch.bfloat16}
+    assert all(s["exp_avg_sq"].dtype == kinds[p.ndim] for p, s in adam.state.items())
     wide = Adam(sae.parameters(), lr=1e-2, unit_rows=[sae.W_dec], backend="triton")
     wide.load_state_dict(adam.state_dict())
     for p in sae.parameters():

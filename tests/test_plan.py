@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from common import run_child
 
-from fastsae import SAEConfig, TopK
+from fastsae import SAE, SAEConfig, TopK
+from fastsae.data import open_source
+from fastsae.moments import STATES
 from fastsae.plan import available, check, plan, table
-from fastsae.train import TrainConfig
+from fastsae.train import TrainConfig, Trainer
 
 N, D, F = 256, 128, 65536
 RUN = """
@@ -26,6 +29,8 @@ CASES = {
     "ema": {"ema": 0.9},
     "beta1-0": {"beta1": 0.0},
     "torch-adam": {"optimizer": "torch-adam"},
+    "bfloat16": {"state": "bfloat16"},
+    "int8": {"state": "int8"},
 }
 
 
@@ -48,11 +53,26 @@ def test_memory(tmp_path: Path, options: dict) -> None:
     shutil.rmtree(tmp_path / "run")
 
 
-def test_bf16_halves() -> None:
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+@pytest.mark.parametrize("skip", [False, True], ids=["sae", "skip"])
+@pytest.mark.parametrize("state", STATES)
+def test_moments_are_exact(state: str, skip: bool, beta1: float) -> None:
+    """To the byte what the optimiser of a training holds."""
+    config = SAEConfig(300, 500, TopK(4), d_out=40, skip=skip, dead_after=10**6)
+    train = TrainConfig(steps=2, batch_size=16, state=state, beta1=beta1)
+    x = torch.randn(64, 300)
+    trainer = Trainer(SAE(config), open_source(x, x[:, :40].contiguous()), train)
+    trainer.run(progress=False)
+    held = [t for s in trainer.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    assert plan(config, train).moments == sum(t.nbytes for t in held)
+
+
+def test_narrow_moments_and_weights() -> None:
     config = SAEConfig(D, F, TopK(32), dtype="bfloat16")
-    wide, narrow = (plan(config, TrainConfig(), bf16_state=low) for low in (False, True))
+    wide, narrow, codes = (plan(config, TrainConfig(state=state)) for state in STATES)
     assert wide.weights * 2 == plan(SAEConfig(D, F, TopK(32)), TrainConfig()).weights
     assert 1.9 < wide.moments / narrow.moments < 2
+    assert 3.6 < wide.moments / codes.moments < 4
 
 
 def test_what_does_not_fit_is_refused_with_the_table() -> None:

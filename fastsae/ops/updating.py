@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from fastsae.moments import Scales
 from fastsae.ops.backend import check, kernel_of, resolve
 from fastsae.ops.gradients import RowGradient
 
@@ -60,7 +61,9 @@ def adam_(
     scale: float | Tensor,
     step: int | Tensor,
     lazy: bool,
+    scales: Scales = (None, None),
     stochastic_rounding: bool = False,
+    first_row: int = 0,
     backend: str | None = None,
 ) -> None:
     """One step of Adam on p (rows, D) or (D), in place, for the gradient dense + Σ gradients.
@@ -70,12 +73,13 @@ def adam_(
     moments, last (rows, int32) the step that last updated each row; all three are updated. step
     counts from 1. lazy: rows without a pair stay as they are; else as torch.optim.Adam, or AdamW
     with weight_decay. With backend "triton", lr, scale and step may be 0-d tensors on p's
-    device, nothing is written where scale is not finite, and stochastic_rounding says how bfloat16
-    is rounded.
+    device, and nothing is written where scale is not finite.
+
+    m and v: both in float32 or bfloat16, or codes in int8 and uint8 with their scales, which are
+    updated too (`fastsae.moments`). stochastic_rounding: bfloat16 is rounded at random, not to
+    nearest, by step, column and the row's number, counted from first_row; codes always are.
     """
     backend = resolve(backend, p, dense)
     hyper = (lr, beta1, beta2, eps, weight_decay, scale, step, lazy)
-    if stochastic_rounding and backend != "triton":
-        raise ValueError(f"stochastic_rounding: expected backend 'triton', got {backend!r}")
-    options = {"stochastic_rounding": True} if stochastic_rounding else {}
+    options = {"scales": scales, "stochastic_rounding": stochastic_rounding, "first_row": first_row}
     kernel_of(backend, "adam", "adam_")(p, dense, gradients, project, m, v, last, *hyper, **options)
