@@ -1,8 +1,8 @@
 """How consistent dictionaries are, and what it costs to say so.
 
-    python bench/consistency.py tokens --data data/minilm_l3 --json FILE --svg FILE
-    python bench/consistency.py organism --json FILE
-    python bench/consistency.py scale --shape 131072,768 --json FILE
+    python bench/consistency.py tokens --data data/minilm_l3 --csv FILE --svg FILE
+    python bench/consistency.py organism --csv FILE
+    python bench/consistency.py scale --shape 131072,768 --csv FILE
 
 tokens: three seeds (of weights and order) of each rule are trained on more and more tokens, each a
 training of its own with its whole schedule, and compared: PW-MCC and its deviation over the pairs,
@@ -23,11 +23,10 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from measure import memory, write_json
-from step import machine
+from measure import memory
+from rows import Row, add_outputs, machine, outputs
 
 from fastsae import SAE, SAEConfig
 from fastsae.consistency import compare, gt_mcc
@@ -40,7 +39,6 @@ from fastsae.train import TrainConfig, Trainer, evaluate
 
 RULES = ("topk", "batchtopk", "jumprelu")
 SEEDS = 3
-Row = dict[str, Any]
 
 
 def trained(rule: str, d_sae: int, k: int, data: Source, settings: TrainConfig) -> SAE:
@@ -94,7 +92,7 @@ def over_tokens(args: argparse.Namespace) -> list[Row]:
             row |= compared(saes, holdout)
             rows.append(row | machine())
             told(row)
-            write_json(rows, args.json)  # as far as it has come
+            outputs(rows, args)  # as far as it has come
         if args.svg:
             Path(args.svg).write_text(drawing(rows))
     return rows
@@ -215,8 +213,8 @@ def main() -> None:
     )
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--gap", type=float, default=0.01)
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; - for stdout")
     parser.add_argument("--svg", metavar="FILE")
+    add_outputs(parser)
     args = parser.parse_args()
     if args.part == "tokens":
         args.tokens = args.tokens or [62_500 * 2**i for i in range(6)]
@@ -226,7 +224,7 @@ def main() -> None:
         rows = on_organism(args)
     else:
         rows = at_scale(args)
-    write_json(rows, args.json)
+    outputs(rows, args)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,6 @@ class SAE(nn.Module):
     input_scale: Tensor
     output_scale: Tensor
     tokens_since_fired: Tensor
-    latents: range
-    """Which of the d_sae latents this module holds; all of them without shards."""
     selection_state: State
     """What the selection rule trains and tracks."""
     progress: float
@@ -96,10 +94,7 @@ class SAE(nn.Module):
         super().__init__()
         self.config, self.shards = config, shards
         self.precision, self.backend = precision, backend
-        if shards is None:
-            self.latents = range(config.d_sae)
-        else:
-            self.latents = shards.own(config.d_sae)
+        if shards is not None:
             _check_sharded(config, len(self.latents))
         d_in, d_sae, d_out = config.d_in, len(self.latents), config.d_out or config.d_in
         dtype = DTYPES[config.dtype]
@@ -128,6 +123,12 @@ class SAE(nn.Module):
         self.register_buffer("tokens_since_fired", since, persistent=False)
         self.selection_state = State(config.selection.state(d_in, d_sae)).to(device)
         self.progress = 1.0
+
+    @property
+    def latents(self) -> range:
+        """Which of the d_sae latents this module holds; all of them without shards."""
+        d_sae = self.config.d_sae
+        return range(d_sae) if self.shards is None else self.shards.own(d_sae)
 
     # ---- codes ----
 

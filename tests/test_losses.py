@@ -92,7 +92,7 @@ def test_saelens_auxk_keeps_negative_values_of_bfloat16_weights_too(bias: bool) 
     dead, tokens = torch.arange(0, F, 3, dtype=torch.int32), randn(N, D, seed=3)
     found = []
     sae._error = lambda codes, *rest: found.append(codes) or (torch.zeros(()),)  # type: ignore
-    sae._auxk(tokens, tokens, torch.zeros(()), tokens, dead)
+    sae._auxk(tokens, tokens, torch.zeros(()), tokens, dead, len(dead))
     h = tokens.double() @ sae.W_enc.double().T
     best = h[:, dead.long()].topk(D).values
     assert best.min() < -0.1
