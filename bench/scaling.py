@@ -129,7 +129,8 @@ def rank_row(shape: Shape, steps: int) -> Row:
             shards.any(False)
             ms.append((time.perf_counter() - start) * 1e3)
     traffic = {what: list(entry) for what, entry in shards.traffic.items()}
-    row: Row = {**spread(ms), "threads": torch.get_num_threads(), **watch.columns()}
+    load = watch.columns()["load"]  # what others took would be that of the other ranks
+    row: Row = {**spread(ms), "threads": torch.get_num_threads(), "load": load}
     received = 0.0
     for what, (n_bytes, seconds) in traffic.items():
         received += n_bytes / steps
