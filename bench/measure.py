@@ -140,11 +140,26 @@ def spread(ms: list[float]) -> dict[str, float | int]:
     }
 
 
-def measure(build: Build, shape: Shape, steps: int, seconds: float = 5.0) -> dict[str, Any]:
-    """The figures of a row: ms of a step and of a product, their ratio, peak_bytes.
+def timed(
+    step: Callable[[torch.Tensor], Any], batches: list[torch.Tensor], steps: int, seconds: float
+) -> tuple[list[float], Watch]:
+    """Milliseconds of each step, on batches in turn, and what else ran meanwhile.
 
     As many steps as `seconds` allow, three at least and `steps` at most.
     """
+    ms: list[float] = []
+    with Watch() as watch:
+        for i in range(steps):
+            start = time.perf_counter()
+            step(batches[i % len(batches)])
+            ms.append((time.perf_counter() - start) * 1e3)
+            if i >= 2 and sum(ms) > seconds * 1e3:
+                break
+    return ms, watch
+
+
+def measure(build: Build, shape: Shape, steps: int, seconds: float = 5.0) -> dict[str, Any]:
+    """The figures of a row: ms of a step (`timed`) and of a product, their ratio, peak_bytes."""
     n, d = shape[:2]
     torch.manual_seed(1)  # not the seed of anyone's weights: tokens must not be rows of W_enc
     batches = [torch.randn(n, d) for _ in range(4)]  # taken in turn, so that no cache is flattered
@@ -156,14 +171,7 @@ def measure(build: Build, shape: Shape, steps: int, seconds: float = 5.0) -> dic
     # The layout of fastsae's weights, so that every provider has the same unit.
     product = product_seconds(batches[0], model.W_enc().contiguous())
     Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
-    ms: list[float] = []
-    with Watch() as watch:
-        for i in range(steps):
-            start = time.perf_counter()
-            step(batches[i % 4])
-            ms.append((time.perf_counter() - start) * 1e3)
-            if i >= 2 and sum(ms) > seconds * 1e3:
-                break
+    ms, watch = timed(step, batches, steps, seconds)
     peak = memory("VmHWM") - before
     last = step(batches[0])
     product = min(product, product_seconds(batches[0], model.W_enc().contiguous())) * 1e3

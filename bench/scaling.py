@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Shape, Watch, memory, parse_shape, product_seconds, spread
+from measure import Shape, Watch, memory, parse_shape, product_seconds, spread, timed
 from rows import Row, add_outputs, machine, outputs, say_busy
 from step import dense_step, trainer_step
 
@@ -86,14 +86,7 @@ def width_row(shape: Shape, provider: str, optimizer: Any, steps: int) -> Row:
     else:
         step, sae = dense_step(shape, batches[0], optimizer, [])
     step(batches[0])
-    ms: list[float] = []
-    with Watch() as watch:
-        for i in range(steps):
-            start = time.perf_counter()
-            step(batches[i % 4])
-            ms.append((time.perf_counter() - start) * 1e3)
-            if i >= 2 and sum(ms) > 20e3:
-                break
+    ms, watch = timed(step, batches, steps, seconds=20)
     peak = memory("VmHWM")
     product = product_seconds(batches[0], sae.W_enc, repeats=3, most_bytes=2**28) * 1e3
     said = plan(SAEConfig(d, f, TopK(k)), TrainConfig(batch_size=n, optimizer=optimizer))

@@ -72,11 +72,11 @@ def save(trainer: Trainer, run: Path, *, keep: int, log_bytes: int) -> Path:
     there = latest(run) == folder
     if shards is not None:
         there = not shards.any(not there)  # asked by all before the first one changes it
-    if shards is None or shards.first:
+    if trainer.sae.writes:
         remove_leftovers(run)
     if not there:
         _write(trainer, folder, log_bytes)
-    if shards is not None and not shards.first:
+    if not trainer.sae.writes:
         return folder
     if not there:
         _link(run, folder)
@@ -97,7 +97,7 @@ def _write(trainer: Trainer, folder: Path, log_bytes: int) -> None:
         trainer.sae.save(partial)
         tensors = _tensors(trainer)
         write_tensors(partial / "training.safetensors", tensors, trainer.sae.part)
-        if shards is not None and not shards.first:
+        if not trainer.sae.writes:
             return
         more = {"log_bytes": log_bytes, "tensors": sorted(tensors)}
         write_json(partial / "training.json", {**_facts(trainer), **more})
@@ -107,7 +107,7 @@ def _write(trainer: Trainer, folder: Path, log_bytes: int) -> None:
         partial.rename(folder)
     except BaseException as error:
         # The first rank alone removes it: it may be renaming what another one believes lost.
-        if shards is None or shards.first:
+        if trainer.sae.writes:
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(folder)) from None

@@ -109,10 +109,9 @@ def train(
     trainer = Trainer(sae, rows, settings, out=out, holdout=held)
     trainer.resume()
     first_step = trainer.step_count
-    first = shards is None or shards.first
     if shards is not None:
         shards.barrier()  # what is there was looked at by all
-    if first:
+    if sae.writes:
         out.mkdir(parents=True, exist_ok=True)
         appear(out / "run.json", lambda partial: write_json(partial, options))
     try:
@@ -134,7 +133,7 @@ def train(
             figures["ranks"] = shards.n_ranks
             n_steps = max(trainer.step_count - first_step, 1)
             figures["exchanged_bytes_a_step"] = shards.received() / n_steps
-        if first:
+        if sae.writes:
             appear(out / "metrics.json", lambda partial: write_json(partial, figures))
         if shards is None:  # a report looks at all latents: `report_run` of what was saved
             write_report(out, trainer.sae, holdout, rows)

@@ -549,18 +549,22 @@ class SAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights, config = folder / "sae.safetensors", folder / "config.json"
         new_weights, new_config = Path(f"{weights}.tmp"), Path(f"{config}.tmp")
-        first = self.shards is None or self.shards.first
         try:
             write_tensors(new_weights, self.state_dict(), self.part)
-            if first:
+            if self.writes:
                 write_json(new_config, self.config.to_dict())
                 os.replace(new_weights, weights)
                 os.replace(new_config, config)
         finally:
-            if first:
+            if self.writes:
                 new_weights.unlink(missing_ok=True)
                 new_config.unlink(missing_ok=True)
         sync_folder(folder)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what only one of all shards can."""
+        return self.shards is None or self.shards.first
 
     @property
     def part(self) -> Part | None:

@@ -229,18 +229,13 @@ class Trainer:
         another process trains into it.
         """
         with contextlib.ExitStack() as stack:
-            if self.out is not None and self._writes:
+            if self.out is not None and self.sae.writes:
                 self._check_new(self.out)
                 stack.enter_context(alone(self.out, "training into"))
                 checkpoint.remove_leftovers(self.out)
             if self.shards is not None:  # so that the first one's error comes before what it makes
                 self.shards.barrier()
-            return self._run(progress and self._writes, on_step)
-
-    @property
-    def _writes(self) -> bool:
-        """Whether this process writes what only one can."""
-        return self.shards is None or self.shards.first
+            return self._run(progress and self.sae.writes, on_step)
 
     def _stops(self, stop: threading.Event) -> bool:
         """Whether a stop was asked for, of any rank: all of them stop before the same step."""
@@ -258,12 +253,12 @@ class Trainer:
         config, first_step = self.config, self.step_count
         eval_every = config.eval_every or max(1, config.steps // 10)
         log = RunLog(
-            self.out if self._writes else None,
+            self.out if self.sae.writes else None,
             keep_bytes=self.log_bytes,
             steps=config.steps,
             first_step=first_step,
             progress=progress,
-            wandb=config.wandb if self._writes else None,
+            wandb=config.wandb if self.sae.writes else None,
             config=self.settings(),
         )
         batches = self._batches()
