@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from fastsae.data import permutation
 from fastsae.files import alone, sha256
-from fastsae.models import LanguageModel, Site, find_module
+from fastsae.models import LanguageModel
 from fastsae.shards import (
     DTYPES,
     FORMAT,
@@ -56,6 +56,7 @@ from fastsae.shards import (
     write_index,
     write_shard,
 )
+from fastsae.sites import Site, edited, find_module
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 Ids = npt.NDArray[np.int32]
@@ -298,20 +299,19 @@ class _Runner:
         batch = torch.from_numpy(ids).long().to(device)
         found: list[Tensor] = []
 
-        def keep(module: nn.Module, args: Any, output: Any) -> Any:
-            x = output[0] if isinstance(output, tuple) else output
-            if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] != batch.shape:
-                got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        def keep(x: Tensor) -> Tensor:
+            if x.ndim != 3 or x.shape[:2] != batch.shape:
                 expected = f"[{len(batch)}, {batch.shape[1]}, D]"
-                raise ValueError(f"{type(module).__name__}: expected {expected}, got {got}")
+                name = type(self.module).__name__
+                raise ValueError(f"{name}: expected {expected}, got {list(x.shape)}")
             found.append(x.detach().requires_grad_(gradients))
             if not gradients:
                 raise _Reached
-            return (found[-1], *output[1:]) if isinstance(output, tuple) else found[-1]
+            return found[-1]
 
-        handle = self.module.register_forward_hook(keep)
         try:
             with (
+                edited(self.module, keep),
                 torch.set_grad_enabled(gradients),
                 torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16_model),
             ):
@@ -319,8 +319,6 @@ class _Runner:
                 output = net(input_ids=batch, **options)
         except _Reached:
             return (found[0],)
-        finally:
-            handle.remove()
         if not found:
             raise ValueError(f"{self.model.name} does not run its {type(self.module).__name__}")
         logits = output.logits[:, :-1].float().flatten(0, 1)

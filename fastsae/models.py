@@ -1,4 +1,4 @@
-"""Language models by name, and where in them activations are taken.
+"""Language models by name.
 
 Tested are two small models in packages of third parties (`PINNED`), by the digest of their weights;
 any other is loaded as transformers does.
@@ -6,26 +6,16 @@ any other is loaded as transformers does.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastsae.files import sha256
-
-Site = Literal["residual", "mlp", "attention"]
-
-# Where a block keeps a part: Llama, GPT-2, DistilBERT, GPT-NeoX or BERT, whose attention and MLP
-# end in a module that also adds the residual and normalises, so its product is taken.
-_PARTS = {
-    "attention": ("self_attn", "attn", "attention.output.dense", "attention"),
-    "mlp": ("mlp", "ffn", "output.dense"),
-}
 
 
 @dataclass(frozen=True)
@@ -41,38 +31,6 @@ class LanguageModel:
     tokenizer: Any
     causal: bool
     weights: dict[str, str]  # sha256 of each weights file, or the revision on the hub
-
-
-def find_module(net: nn.Module, site: Site, layer: int) -> nn.Module:
-    """The module whose output is the site's activation."""
-    lists = {
-        name: module
-        for name, module in net.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(_part(block, part) is not None for block in module for part in _PARTS)
-    }
-    if len(lists) != 1:
-        found = ", ".join(lists) or "none"
-        raise ValueError(
-            "expected a model with one list of blocks, each with an attention "
-            f"({' or '.join(_PARTS['attention'])}) and an MLP ({' or '.join(_PARTS['mlp'])}); "
-            f"found in {type(net).__name__}: {found}"
-        )
-    (blocks,) = lists.values()
-    if layer > len(blocks):
-        raise ValueError(f"layer: expected at most {len(blocks)}, got {layer}")
-    block = blocks[layer - 1]
-    module = block if site == "residual" else _part(block, site)
-    assert module is not None
-    return module
-
-
-def _part(block: nn.Module, part: str) -> nn.Module | None:
-    for path in _PARTS[part]:
-        with contextlib.suppress(AttributeError):
-            return block.get_submodule(path)
-    return None
 
 
 @dataclass(frozen=True)

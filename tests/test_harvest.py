@@ -21,8 +21,9 @@ from bench import corpus
 from fastsae import cli
 from fastsae.data import open_source, permutation
 from fastsae.harvest import HarvestConfig, harvest
-from fastsae.models import PINNED, LanguageModel, find_module, load_model
+from fastsae.models import PINNED, LanguageModel, load_model
 from fastsae.shards import ActivationSet
+from fastsae.sites import find_module
 
 ROOT = Path(__file__).resolve().parent.parent
 D, LAYERS, WINDOW = 6, 3, 10

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastsae import cli
+from fastsae.commands import train
 from fastsae.options import as_arguments, read_options, rule_from
 
-HINTS = cli.train_options()
+HINTS = train.train_options()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_a_file_is_the_same_as_arguments(acts: Path, tmp_path: Path) -> None:
     resolved = json.loads((tmp_path / "over" / "run.json").read_text())
     assert resolved["selection"]["name"] == "topk" and resolved["k"] == 2 and resolved["scale"]
     assert resolved["ema"] == 0.5 and resolved["selection"]["k"] == 2
-    given, parameters = cli.with_files(["--config", str(runs[0] / "run.json"), "--k", "5"])
+    given, parameters = train.with_files(["--config", str(runs[0] / "run.json"), "--k", "5"])
     assert "k" not in parameters and parameters["decay"] and given[-2:] == ["--k", "5"]
 
 
