@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tyro
@@ -76,7 +76,7 @@ class Meta:
     """The rule that selects meta-latents."""
     k: int = 4
     """Active meta-latents a row."""
-    train: TrainOptions = TrainOptions(lr=2e-3)
+    train: TrainOptions = field(default_factory=lambda: TrainOptions(lr=2e-3))
     """How it is trained."""
 
     def run(self) -> None:
