@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from measure import Shape, Watch, memory, parse_shape, product_seconds, spread, timed
 from rows import Row, add_outputs, machine, outputs, say_busy
-from step import dense_step, trainer_step
+from step import dense_step, new_trainer, step_of
 
 from fastsae import SAE, SAEConfig, TopK
 from fastsae.config import TrainConfig
@@ -78,11 +78,8 @@ def width_row(shape: Shape, provider: str, optimizer: Any, steps: int) -> Row:
     batches = [torch.randn(n, d) for _ in range(4)]
     parts = None
     if provider == "fastsae":
-        step, sae = trainer_step(shape, batches[0], optimizer, [])
-        owner = step.__closure__  # the trainer is what the step closes over
-        assert owner is not None
-        trainer = next(c.cell_contents for c in owner if isinstance(c.cell_contents, Trainer))
-        parts = Parts(trainer)
+        trainer = new_trainer(shape, batches[0], optimizer, [])
+        step, sae, parts = step_of(trainer), trainer.sae, Parts(trainer)
     else:
         step, sae = dense_step(shape, batches[0], optimizer, [])
     step(batches[0])

@@ -28,7 +28,7 @@ from fastsae.data import Batch, open_source
 from fastsae.train import TrainConfig, Trainer
 
 
-def trainer_step(
+def new_trainer(
     shape: Shape,
     x: torch.Tensor,
     optimizer: Any,
@@ -36,8 +36,8 @@ def trainer_step(
     dtype: Literal["float32", "float64"] = "float32",
     backend: str | None = None,
     lr: float | None = None,
-) -> tuple[Step, SAE]:
-    """fastsae's own step. "auxk": a tenth of the latents counts as dead (see below)."""
+) -> Trainer:
+    """A Trainer of rows x. "auxk": a tenth of the latents counts as dead (see below)."""
     _, d, f, k = shape
     config = SAEConfig(d, f, TopK(k), dtype=dtype, dead_after=10**9)
     sae = SAE(config, backend=backend)
@@ -55,8 +55,17 @@ def trainer_step(
         clip=1.0 if "clip" in options else None,
         lr=lr,
     )
-    trainer = Trainer(sae, open_source(x), settings)
-    return lambda batch: trainer.step(Batch(batch, None)).losses["mse"].detach(), sae
+    return Trainer(sae, open_source(x), settings)
+
+
+def step_of(trainer: Trainer) -> Step:
+    return lambda batch: trainer.step(Batch(batch, None)).losses["mse"].detach()
+
+
+def trainer_step(*args: Any, **kwargs: Any) -> tuple[Step, SAE]:
+    """fastsae's own step; what it takes is that of `new_trainer`."""
+    trainer = new_trainer(*args, **kwargs)
+    return step_of(trainer), trainer.sae
 
 
 def dense_step(
