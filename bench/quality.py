@@ -24,7 +24,8 @@ from peer import PEERS
 from rows import Row, add_outputs, machine, outputs, say_busy
 from step import build_of
 
-from fastsae.data import open_source, permutation, split
+from fastsae.data import open_source, split
+from fastsae.order import permutation
 
 OURS = {"fastsae": "adam", "torch-dense": "torch-adam"}
 

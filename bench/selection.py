@@ -28,7 +28,8 @@ from measure import Shape, Watch, parse_shape, product_seconds
 from rows import add_outputs, machine, outputs, say_busy
 
 from fastsae import SAE, SAEConfig, Selection
-from fastsae.data import Batch, open_source
+from fastsae.batches import Batch
+from fastsae.data import open_source
 from fastsae.options import rule_from
 from fastsae.shards import FORMAT, LABELS, VERSION, shard_path, write_index, write_shard
 from fastsae.train import TrainConfig, Trainer

@@ -6,7 +6,8 @@ A source is a tensor, a .npy file or a folder of shards with the same rows; each
 in a process of its own, which is given every batch's rows in shuffled order. The tensor's process
 has all the memory there is; the others' may hold --limit-gb of it, the system's cache of the file
 included (a memory cgroup, where this process may make one: it says when it could not), so that a
-file beyond it is read from the disk in every epoch. Printed: median and mean time of a step with
+file beyond it is read from the disk in every epoch; once row by row, and once with
+`TrainConfig.shuffle_block` at 256. Printed: median and mean time of a step with
 its reading, and the mean as a multiple of the tensor's; rows a second that the source gives alone,
 without steps, before and after them, and those that a step on the tensor's rows would need.
 """
@@ -14,6 +15,7 @@ without steps, before and after them, and those that a step on the tensor's rows
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -30,7 +32,8 @@ from measure import Watch
 from rows import add_outputs, machine, outputs, say_busy
 
 from fastsae import SAE, SAEConfig, TopK
-from fastsae.data import Batches, open_source
+from fastsae.batches import Batches
+from fastsae.data import open_source
 from fastsae.shards import write_index, write_shard
 from fastsae.train import TrainConfig, Trainer
 
@@ -93,7 +96,7 @@ def child(args: argparse.Namespace) -> None:
     config = SAEConfig(source.d_in, args.d_sae, TopK(32))
     trainer = Trainer(SAE(config), source, TrainConfig(steps=10**6, batch_size=args.batch_size))
     trainer.initialize()
-    batches = source.batches(args.batch_size)
+    batches = source.batches(args.batch_size, block=args.block)
     alone = [rows_per_s(batches, args)]
     reading, step = [], []
     for i in range(args.steps + 3):
@@ -125,15 +128,17 @@ def rows_per_s(batches: Batches, args: argparse.Namespace) -> float:
     return args.steps * args.batch_size / (time.perf_counter() - start)
 
 
-def measure(kind: str, path: Path, procs: str, args: argparse.Namespace) -> dict[str, Any]:
-    own = [str(value) for value in ("--child", kind, path, procs)]
+def measure(
+    kind: str, block: int, path: Path, procs: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    own = [str(value) for value in ("--block", block, "--child", kind, path, procs)]
     shape = ["--steps", args.steps, "--batch-size", args.batch_size, "--d-sae", args.d_sae]
     command = [sys.executable, __file__, *own, *map(str, shape)]
     forget(path)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return {"source": kind, "error": done.stderr.strip().splitlines()[-1]}
-    return {"source": kind, **json.loads(done.stdout)}
+        return {"source": kind, "block": block, "error": done.stderr.strip().splitlines()[-1]}
+    return {"source": kind, "block": block, **json.loads(done.stdout)}
 
 
 def main() -> None:
@@ -150,6 +155,7 @@ def main() -> None:
         "--folder", type=Path, help="where the files are made; default: as tempfile"
     )
     add_outputs(parser)
+    parser.add_argument("--block", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -162,10 +168,11 @@ def main() -> None:
         group = limit(int(args.limit_gb * 2**30))
         if group is None:
             print("no memory cgroup can be made here: files may be cached whole", file=sys.stderr)
-        for kind, path in (("tensor", "x.npy"), ("npy", "x.npy"), ("shards", "shards")):
+        names = {"tensor": "x.npy", "npy": "x.npy", "shards": "shards"}
+        for kind, block in [("tensor", 1), *itertools.product(("npy", "shards"), (1, 256))]:
             procs = "" if group is None or kind == "tensor" else group[1]
             with Watch() as watch:
-                row = measure(kind, folder / path, procs, args)
+                row = measure(kind, block, folder / names[kind], procs, args)
             row |= {"bench": "sources", **watch.columns()}
             row |= {"rows": args.rows, "d": args.d_in, "f": args.d_sae, "n": args.batch_size}
             row |= {"limit_gb": args.limit_gb if procs else None}

@@ -24,7 +24,8 @@ from ops import SHAPES
 from rows import Row, add_outputs, machine, outputs, say_busy
 
 from fastsae import SAE, SAEConfig, TopK
-from fastsae.data import Batch, open_source
+from fastsae.batches import Batch
+from fastsae.data import open_source
 from fastsae.train import TrainConfig, Trainer
 
 

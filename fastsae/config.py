@@ -12,6 +12,7 @@ import torch
 from fastsae import losses
 from fastsae.files import read_json
 from fastsae.moments import STATES, State
+from fastsae.order import POOL_ROWS
 from fastsae.selection import Selection, TopK
 
 DTYPES = {
@@ -158,6 +159,9 @@ class TrainConfig:
     """Largest global gradient norm; None: no clipping."""
     seed: int = 0
     """Of the order of the data; on the command line also of the initial weights."""
+    shuffle_block: int = 1
+    """Consecutive rows that are read together. 1: rows are shuffled one by one. Above, for files
+    that memory cannot hold: blocks of so many rows are, then the rows of every 65,536 or so."""
     scale: bool = True
     """Scale the activations to a mean variance of 1 a coordinate (measured on init_rows rows)."""
     b_dec: Literal["geometric_median", "mean", "zero"] = "geometric_median"
@@ -185,7 +189,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         optional = ("warmup_steps", "resample_every", "eval_every")
-        counts = ("steps", "batch_size", "accumulate", "init_rows", "seed")
+        counts = ("steps", "batch_size", "accumulate", "init_rows", "seed", "shuffle_block")
         for name in (*counts, "log_every", "checkpoint_every", "keep", *optional):
             value, least = getattr(self, name), 0 if name in ("seed", "warmup_steps") else 1
             if value is None and name in optional:
@@ -202,6 +206,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not (value is None and name == "ema") and not 0 <= value < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+        if self.shuffle_block > POOL_ROWS:
+            raise ValueError(
+                f"shuffle_block: expected at most {POOL_ROWS}, got {self.shuffle_block}"
+            )
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate: expected at most batch_size {self.batch_size}, got {self.accumulate}"

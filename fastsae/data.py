@@ -5,16 +5,7 @@
 
 A ``Source`` is rows by number: of files only the rows asked for are read, so they may be larger
 than RAM, and ``Batches`` reads them in a thread while the batch before is trained on. Order is
-decided apart from storage, by ``permutation``:
-
-* Stable: a permutation is made of the raw stream of Philox4x64-10, keyed and counted directly, and
-  of a sort of distinct integers. Both are fully specified, so the order is the same in every NumPy
-  version and on every machine. (NumPy promises this for its bit generators, not for the methods of
-  ``Generator``.) No global random state is read or changed.
-* Exact: an epoch is one permutation of all rows. A batch that reaches the end of an epoch takes its
-  remaining rows from the next one, so no row is dropped or repeated.
-* Resumable: the order of epoch e depends on (seed, e) alone, so the count of rows handed out is the
-  whole state of the stream.
+decided apart from storage, in ``fastsae.order``.
 
 Whatever is wrong with the data is raised as ``ValueError`` (its content) or ``TypeError`` (its
 type), naming the file and, where there is one, the row.
@@ -22,31 +13,27 @@ type), naming the file and, where there is one, the row.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import operator
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsae.batches import Batch, Batches
 from fastsae.contexts import Contexts, sample_contexts, set_contexts
 from fastsae.files import RowFile
+from fastsae.order import HOLDOUT, RowIndex, in_range, permutation
 from fastsae.shards import ActivationSet
 from fastsae.sums import unit_rows
 from fastsae.tensors import read_tensors
-
-RowIndex = npt.NDArray[np.int64]
 
 SAMPLES = ("minilm_l3", "smollm2_l11")
 _SAMPLE_DIR = Path(__file__).with_name("samples")
@@ -54,24 +41,6 @@ _SAMPLE_DIR = Path(__file__).with_name("samples")
 _TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NPY_DTYPES = (np.float16, np.float32, np.float64)
 _NPY_HEADER_BYTES = 16384  # more than the longest header that NumPy itself agrees to read
-
-_AHEAD = 2  # batches of a file that are read and wait, or are being read
-
-# Second word of the Philox key: what a permutation is for, so that the held-out split and the
-# batches made from one seed have nothing to do with each other.
-_SHUFFLE, _HOLDOUT = 1, 2
-
-
-class Batch(NamedTuple):
-    """Inputs ``x`` float32 [N, d_in] and what is paired with them, row for row.
-
-    ``target`` float32 [N, d_out] is a transcoder's; ``gradient`` float32 [N, d_in] is ∂L/∂x of the
-    language model that ``x`` comes from (``fastsae.harvest`` says of which loss).
-    """
-
-    x: Tensor
-    target: Tensor | None
-    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -171,10 +140,15 @@ class Source:
                 paired.prefetch(index)
 
     def batches(
-        self, batch_size: int, seed: int = 0, start: int = 0, part: tuple[int, int] = (0, 1)
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        part: tuple[int, int] = (0, 1),
+        block: int = 1,
     ) -> Batches:
         """``Batches`` of this source."""
-        return Batches(self, batch_size, seed, start, part)
+        return Batches(self, batch_size, seed, start, part, block)
 
     def select(self, index: npt.NDArray[np.integer[Any]]) -> Source:
         """The source of rows ``index`` only, in that order: no data is read or copied."""
@@ -268,148 +242,21 @@ def _decoder_rows(folder: Path) -> Tensor:
     return unit_rows(tensors["W_dec"], f"{path}: W_dec")
 
 
-def permutation(n: int, seed: int, purpose: int = _SHUFFLE, epoch: int = 0) -> RowIndex:
-    """A uniformly random order of range(n), int64 [n]: a pure function of its arguments.
-
-    ``seed`` and ``epoch`` are in [0, 2⁶⁴). The upper bits of each sort key are random and the lower
-    bits are the row's number, so that all keys differ and any sort algorithm gives the same order.
-    Memory: 16 bytes a row while it is made, 8 after.
-    """
-    seed, epoch = _in_range("seed", seed, 0, 1 << 64), _in_range("epoch", epoch, 0, 1 << 64)
-    key = np.array([seed, purpose], dtype=np.uint64)
-    counter = np.array([0, epoch, 0, 0], dtype=np.uint64)
-    keys: npt.NDArray[np.uint64] = np.random.Philox(key=key, counter=counter).random_raw(n)
-    number_bits = np.uint64((1 << n.bit_length()) - 1)
-    keys &= ~number_bits
-    keys |= np.arange(n, dtype=np.uint64)
-    keys.sort()
-    keys &= number_bits
-    return keys.view(np.int64)
-
-
 def split(source: Source, n_holdout: int, seed: int = 0) -> tuple[Source, Source]:
     """(train, holdout): two views of ``source`` without a row in common, together all of it.
 
     Which rows are held out depends on ``source.n_rows``, ``n_holdout`` and ``seed`` only; each view
     keeps them in the order of the data. ValueError: n_holdout not in [0, n_rows).
     """
-    n_holdout = _in_range("n_holdout", n_holdout, 0, source.n_rows)
-    order = permutation(source.n_rows, seed, _HOLDOUT)
+    n_holdout = in_range("n_holdout", n_holdout, 0, source.n_rows)
+    order = permutation(source.n_rows, seed, HOLDOUT)
     train, holdout = np.sort(order[n_holdout:]), np.sort(order[:n_holdout])
     return source.select(train), source.select(holdout)
 
 
-class Batches(Iterator[Batch]):
-    """An endless stream of shuffled batches, each of exactly ``batch_size`` rows.
-
-    The stream is the concatenation of one permutation of all rows per epoch, cut every
-    ``batch_size`` rows; a batch may span any number of epochs. ``rows_seen`` is the position:
-    ``Batches(source, batch_size, seed, start=rows_seen)`` goes on with the very next row, and
-    also may go on with another batch size. A batch that raises leaves the position as it was.
-
-    From the second batch on, what lies in files is read ahead in a thread: ``_AHEAD`` batches are
-    held in memory beside the one handed out. The thread ends with ``close`` or with this object.
-
-    part: (i, n) for the i-th of n equal parts of each batch, in its order; others take the others.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        batch_size: int,
-        seed: int = 0,
-        start: int = 0,
-        part: tuple[int, int] = (0, 1),
-    ) -> None:
-        if source.n_rows == 0:
-            raise ValueError(f"{source.name}: expected at least one row to draw from, got none")
-        self.source = source
-        self.batch_size = _in_range("batch_size", batch_size, 1)
-        self.seed = _in_range("seed", seed, 0, 1 << 64)
-        self.rows_seen = _in_range("start", start, 0)
-        i, n = part
-        if batch_size % n:
-            raise ValueError(f"batch_size: expected a multiple of {n} parts, got {batch_size}")
-        own = slice(i * batch_size // n, (i + 1) * batch_size // n)
-        self._reader = _Reader(source, self.batch_size, self.seed, own)
-        self._thread: ThreadPoolExecutor | None = None
-        self._ahead: deque[Future[tuple[RowIndex, Batch]]] = deque()  # from rows_seen on
-        self._process = 0  # that the thread is in: a fork has none
-        self._begun = False
-
-    def __next__(self) -> Batch:
-        if self._begun and self.source.in_files:
-            batch = self._read_ahead()
-        else:
-            batch = self.source.checked(*self._reader.read(self.rows_seen, ahead=False))
-        self._begun = True
-        self.rows_seen += self.batch_size
-        return batch
-
-    def _read_ahead(self) -> Batch:
-        if self._process != os.getpid():
-            self._thread = ThreadPoolExecutor(1, "fastsae-reader")
-            self._process = os.getpid()
-            self._ahead.clear()
-        assert self._thread is not None
-        while len(self._ahead) <= _AHEAD:
-            position = self.rows_seen + len(self._ahead) * self.batch_size
-            self._ahead.append(self._thread.submit(self._reader.read, position, True))
-        try:
-            batch = self.source.checked(*self._ahead[0].result())
-        except Exception:
-            self.close()
-            raise
-        self._ahead.popleft()
-        return batch
-
-    def close(self) -> None:
-        """Ends the thread, if there is one; to ask for another batch starts it again."""
-        if self._thread is not None and self._process == os.getpid():
-            self._thread.shutdown(cancel_futures=True)
-        self._thread, self._process = None, 0
-        self._ahead.clear()
-
-
-class _Reader:
-    """The batches of a stream by position. Knows nothing of ``Batches``, so that a thread that
-    reads does not keep one alive; used by one thread at a time."""
-
-    def __init__(self, source: Source, batch_size: int, seed: int, own: slice) -> None:
-        self.source, self.batch_size, self.seed, self.own = source, batch_size, seed, own
-        self._order: tuple[int, RowIndex] = (-1, np.empty(0, np.int64))  # an epoch, its permutation
-        self._soon: tuple[int, RowIndex] = (-1, np.empty(0, np.int64))  # a position, its rows
-
-    def read(self, position: int, ahead: bool) -> tuple[RowIndex, Batch]:
-        """The rows at a position, by number and as they are stored. With `ahead` the system fetches
-        the batch behind them meanwhile.
-
-        No arithmetic of torch here: its threads would be others than those of the step."""
-        rows = self._soon[1] if self._soon[0] == position else self._asked_for(position)
-        if ahead:
-            following = position + self.batch_size
-            self._soon = following, self._asked_for(following)
-        return rows, self.source.stored(rows)
-
-    def _asked_for(self, position: int) -> RowIndex:
-        """The numbers of the rows at a position, which the system is told of."""
-        pieces: list[RowIndex] = []
-        at, end = position, position + self.batch_size
-        while at < end:
-            epoch, offset = divmod(at, self.source.n_rows)
-            if epoch != self._order[0]:
-                self._order = epoch, permutation(self.source.n_rows, self.seed, _SHUFFLE, epoch)
-            pieces.append(self._order[1][offset : offset + end - at])
-            at += len(pieces[-1])
-        rows = np.concatenate(pieces)[self.own]
-        with contextlib.suppress(ValueError):  # what is wrong is said when they are read
-            self.source.prefetch(rows)
-        return rows
-
-
 def in_order(source: Source, batch_size: int) -> Iterator[Batch]:
     """One pass over all rows in the order of the source; the last batch may be short."""
-    batch_size = _in_range("batch_size", batch_size, 1)
+    batch_size = in_range("batch_size", batch_size, 1)
     for first in range(0, source.n_rows, batch_size):
         rows = np.arange(first, min(first + batch_size, source.n_rows))
         source.prefetch(rows)
@@ -504,10 +351,3 @@ def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
             f"{name}: expected 2 dimensions [rows, width] of at least 1 each, got {list(shape)}"
         )
     return shape[0], shape[1]
-
-
-def _in_range(name: str, value: int, low: int, end: int | None = None) -> int:
-    if operator.index(value) < low or (end is not None and value >= end):
-        limit = "" if end is None else f" and < {end}"
-        raise ValueError(f"expected {name} >= {low}{limit}, got {value}")
-    return int(value)

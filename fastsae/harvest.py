@@ -42,9 +42,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastsae.data import permutation
 from fastsae.files import alone, sha256
 from fastsae.models import LanguageModel
+from fastsae.order import permutation
 from fastsae.shards import (
     DTYPES,
     FORMAT,

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.data import Batch, open_source, permutation
+from fastsae.batches import Batch
+from fastsae.data import open_source
+from fastsae.order import permutation
 
-_PURPOSE = 3  # of the permutations of a buffer; data.py has 1 and 2
+_PURPOSE = 3  # of the permutations of a buffer; order.py has 1, 2, 4 and 5
 
 
 class IterableSource:

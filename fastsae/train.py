@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from fastsae import checkpoint, metrics, ops
+from fastsae.batches import Batch, Batches
 from fastsae.config import TrainConfig
-from fastsae.data import Batch, Batches, Source, in_order
+from fastsae.data import Source, in_order
 from fastsae.ema import EMA
 from fastsae.files import alone
 from fastsae.iterable import IterableSource
@@ -63,6 +64,10 @@ class Trainer:
                 _check_widths(sae, rows)
         if sae.shards is not None:
             _check_sharded(sae.shards, source, config)
+        if config.shuffle_block > 1 and not isinstance(source, Source):
+            raise ValueError(
+                f"shuffle_block: expected 1 with an iterable, got {config.shuffle_block}"
+            )
         self.sae, self.source, self.config, self.holdout = sae, source, config, holdout
         self.shards = sae.shards
         self.out = None if out is None else Path(out)
@@ -109,8 +114,8 @@ class Trainer:
         n = self.config.init_rows
         if self.source.n_rows is not None:
             n = min(n, self.source.n_rows)
-        x, target, _ = self._moved(next(self.source.batches(n, self.config.seed)))
         c = self.config
+        x, target, _ = self._moved(next(self._stream(n)))
         self.sae.initialize_from_(
             x, target, scale=c.scale, b_dec=c.b_dec, fit_encoder=c.fit_encoder
         )
@@ -182,12 +187,18 @@ class Trainer:
 
     def _batches(self) -> Batches | Generator[Batch, None, None]:
         """The rows from here on; of shards this rank's part of each batch."""
-        config, start = self.config, self.step_count * self.config.batch_size
-        if self.shards is None:
-            return self.source.batches(config.batch_size, config.seed, start)
-        assert isinstance(self.source, Source)
-        part = self.shards.rank, self.shards.n_ranks
-        return self.source.batches(config.batch_size, config.seed, start, part)
+        n = self.config.batch_size
+        part = (0, 1) if self.shards is None else (self.shards.rank, self.shards.n_ranks)
+        return self._stream(n, self.step_count * n, part)
+
+    def _stream(
+        self, n: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Batches | Generator[Batch, None, None]:
+        """Batches of n rows of the source, in the training's order."""
+        if isinstance(self.source, Source):
+            c = self.config
+            return self.source.batches(n, c.seed, start, part, c.shuffle_block)
+        return self.source.batches(n, self.config.seed, start)
 
     def _read(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, on the SAE's device; of shards the tokens of this row of ranks."""

@@ -139,6 +139,25 @@ def test_every_source_resumes_to_the_same_bits(tmp_path: Path, name: str) -> Non
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("name", ["tensor_source", "npy_source", "shard_source"])
+def test_rows_shuffled_by_blocks_resume_to_the_same_bits(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastsae.order.POOL_ROWS", 24)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trained(whole, SOURCES[name](tmp_path), shuffle_block=8)
+    for stop_at in (3, 9, 18, None):
+        trained(parts, SOURCES[name](tmp_path), stop_at, shuffle_block=8)
+    same_state(whole / "step-21", parts / "step-21")
+    with pytest.raises(ValueError, match="shuffle_block"):
+        trained(parts, SOURCES[name](tmp_path), shuffle_block=4)
+
+
+def test_an_iterable_has_a_buffer_instead_of_blocks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shuffle_block: expected 1 with an iterable, got 8"):
+        trained(tmp_path, iterable_source(tmp_path), shuffle_block=8)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_optimiser_resumes_to_the_same_bits(tmp_path: Path, name: str) -> None:
     data, whole, parts = open_source(rows(100, 16)), tmp_path / "whole", tmp_path / "parts"

@@ -20,16 +20,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastsae import shards
+from fastsae.batches import _AHEAD, Batches
 from fastsae.data import (
-    _AHEAD,
     SAMPLES,
-    Batches,
     Source,
     in_order,
     load_sample,
     open_source,
     split,
 )
+from fastsae.order import Order
+
+PINNED_BLOCKS = [19, 11, 2, 6, 9, 18, 0, 8, 12, 4, 17, 13, 16, 1, 7, 14, 10, 15, 5, 3]
+PINNED_POOL = [37, 46, 78, 40, 51, 43, 54, 155]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -444,7 +447,8 @@ def test_a_file_cut_short_in_use_is_an_error_and_a_deleted_one_is_not(tmp_path: 
 LARGER_THAN_MEMORY = """
 import itertools, resource, sys
 import numpy as np, torch
-from fastsae.data import Batches, in_order, open_source, split
+from fastsae.batches import Batches
+from fastsae.data import in_order, open_source, split
 
 def used():
     with open("/proc/self/status") as status:
@@ -841,9 +845,127 @@ def test_reads_that_come_in_parts_or_fail(tmp_path: Path, monkeypatch: pytest.Mo
         source.rows(index)
 
 
+# Shuffled by blocks
+
+
+@pytest.fixture
+def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastsae.order.POOL_ROWS", 64)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 63, 64, 65, 200, 1003])
+@pytest.mark.parametrize("block", [2, 7, 64])
+def test_every_epoch_of_blocks_has_every_row_once(
+    small_pools: None, n_rows: int, block: int
+) -> None:
+    order, position, whole = Order(n_rows, 5, block), 0, []
+    for epoch in range(3):
+        found: list[int] = []
+        while len(found) < n_rows:
+            pool = order.pool(position)
+            assert pool.first == position and 0 < len(pool.rows) <= 64
+            inside = {Order(n_rows, 5, block).pool(p).first for p in range(position, pool.end)}
+            assert inside == {position}
+            blocks = {int(row) // block for row in pool.rows}
+            together = [row for b in blocks for row in range(b * block, (b + 1) * block)]
+            assert sorted(pool.rows) == [row for row in sorted(together) if row < n_rows]
+            found += pool.rows.tolist()
+            position = pool.end
+        assert sorted(found) == list(range(n_rows)) and position == (epoch + 1) * n_rows
+        whole.append(found)
+    assert n_rows < 60 or whole[0] != whole[1] != whole[2] != sorted(whole[2])
+
+
+def test_rows_of_a_block_are_far_apart_in_a_large_pool() -> None:
+    """Of 65,536 rows in blocks of 256, a batch of 2,048 has 8 of each block on average."""
+    rows = Order(1 << 20, 0, 256).pool(0).rows
+    assert len(rows) == 65536
+    counts = np.bincount(np.unique(rows // 256, return_inverse=True)[1][:2048])
+    assert len(counts) == 256 and 5 < counts.var() < 11  # the hypergeometric one: 7.7
+
+
+def test_order_of_blocks_is_pinned(small_pools: None) -> None:
+    assert Order(20, 0, 4).pool(0).rows.tolist() == PINNED_BLOCKS
+    assert Order(200, 3, 16).pool(230).rows[:8].tolist() == PINNED_POOL
+
+
+@pytest.mark.parametrize("start", [0, 3, 63, 64, 999])
+@pytest.mark.parametrize("block", [5, 32])
+@pytest.mark.parametrize("kind", ["npy", "shards"])
+def test_blocks_of_a_file_are_those_of_a_tensor(
+    small_pools: None, tmp_path: Path, kind: str, block: int, start: int
+) -> None:
+    x = write_set(tmp_path / "set", [400, 1, 599], d=5, gradients=True)
+    file: Path = tmp_path / "set"
+    if kind == "npy":
+        file = save(tmp_path / "x.npy", x.numpy())
+    target = open_source(save(tmp_path / "y.npy", x.numpy()[:, :2] + 1))
+    in_file = open_source(file, target, gradients=kind == "shards")
+    sources = [split(source, 50)[0] for source in (in_file, open_source(x, x[:, :2] + 1))]
+    found, expected = (Batches(s, 48, 3, start, block=block) for s in sources)
+    parts = [Batches(sources[0], 48, 3, start, (i, 3), block) for i in range(3)]
+    for _ in range(45):  # more than two epochs
+        a, b = next(found), next(expected)
+        assert torch.equal(a.x, b.x) and a.x.dtype == torch.float32
+        assert a.target is not None and b.target is not None and torch.equal(a.target, b.target)
+        assert a.gradient is None if kind == "npy" else torch.equal(a.gradient, -b.x)
+        assert torch.equal(torch.cat([next(part).x for part in parts]), b.x)
+    found.close()
+    assert torch.equal(next(found).x, next(expected).x)
+    for batches in (found, *parts):
+        batches.close()
+    assert not reading()
+
+
+def test_each_row_of_a_pool_is_read_once_and_a_share_with_each_batch(
+    small_pools: None, tmp_path: Path
+) -> None:
+    source = open_source(save(tmp_path / "x.npy", np.ones((640, 3), np.float32)))
+    read: list[list[int]] = []
+
+    def gather(numbers: np.ndarray) -> torch.Tensor:
+        read.append(numbers.tolist())
+        return source.gather(numbers)
+
+    batches = Batches(replace(source, gather=gather), 8, block=16)
+    for _ in range(80 - _AHEAD):
+        next(batches)
+    batches.close()
+    rows = [row for piece in read for row in piece]
+    assert sorted(rows[:640]) == list(range(640))
+    assert all(piece == sorted(piece) for piece in read)
+    assert len(read[0]) == 64 and {len(piece) for piece in read[2:]} == {8}
+
+
+def test_what_is_wrong_in_a_block_does_not_move_the_position(
+    small_pools: None, tmp_path: Path
+) -> None:
+    x = np.arange(600, dtype=np.float32).reshape(200, 3)
+    path = save(tmp_path / "x.npy", x)
+    expected = list(itertools.islice(Batches(open_source(torch.from_numpy(x)), 10, block=8), 12))
+    bad = int(expected[9].x[3, 0]) // 3
+    data = np.lib.format.open_memmap(path, "r+")
+    data[bad, 1] = np.nan
+    data.flush()
+    batches = Batches(open_source(path), 10, block=8)
+    for batch in expected[:9]:
+        assert torch.equal(next(batches).x, batch.x)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"row {bad} holds a NaN"):
+            next(batches)
+        assert batches.rows_seen == 90 and not reading()
+
+
+@pytest.mark.parametrize("block", [0, 65537])
+def test_blocks_are_of_one_row_to_those_of_a_pool(block: int) -> None:
+    with pytest.raises(ValueError, match=f"expected block >= 1 and < 65537, got {block}"):
+        Batches(numbered(10), 4, block=block)
+
+
 FORKED = """
 import os, sys
-from fastsae.data import Batches, open_source
+from fastsae.batches import Batches
+from fastsae.data import open_source
 
 batches = Batches(open_source(sys.argv[1]), 8)
 for _ in range(3):

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from bench import corpus
 from fastsae import cli
-from fastsae.data import open_source, permutation
+from fastsae.data import open_source
 from fastsae.harvest import HarvestConfig, harvest
 from fastsae.models import PINNED, LanguageModel, load_model
+from fastsae.order import permutation
 from fastsae.shards import ActivationSet
 from fastsae.sites import find_module
 

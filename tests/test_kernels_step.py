@@ -12,7 +12,8 @@ from aot import interpreted
 from torch import Tensor
 
 from fastsae import SAE, SAEConfig, TopK, reference
-from fastsae.data import Batch, open_source
+from fastsae.batches import Batch
+from fastsae.data import open_source
 from fastsae.optim import Adam
 from fastsae.sae import SAEOutput
 from fastsae.train import TrainConfig, Trainer

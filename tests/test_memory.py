@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 
 from fastsae import SAE, SAEConfig, TopK
-from fastsae.data import Batch, open_source
+from fastsae.batches import Batch
+from fastsae.data import open_source
 from fastsae.train import TrainConfig, Trainer
 
 options = json.loads(sys.argv[1])

@@ -27,7 +27,8 @@ from test_sae import (
 from torch import Tensor
 
 from fastsae import SAE, SAEConfig, TopK, cpu, metrics, ops
-from fastsae.data import Batches, Source, in_order, load_sample, open_source, split
+from fastsae.batches import Batches
+from fastsae.data import Source, in_order, load_sample, open_source, split
 from fastsae.sae import SAEOutput
 from fastsae.timing import product_seconds
 from fastsae.train import TrainConfig, Trainer, evaluate

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fastsae.contexts import PAD, REACH
 from fastsae.corpus import MAX_BATCH_PAIRS, batches_of_codes
-from fastsae.data import RowIndex, Source, permutation
+from fastsae.data import Source
 from fastsae.latent_index import TopContexts
+from fastsae.order import RowIndex, permutation
 from fastsae.sae import SAE
 
 Floats = npt.NDArray[np.float64]
