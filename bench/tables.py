@@ -69,7 +69,8 @@ def measured_on(rows: list[Row]) -> str:
     commits = sorted({str(row.get("commit", "?")) for row in rows})
     dates = sorted({str(row.get("date", "?")) for row in rows})
     first = rows[0]
-    text = f"{first.get('cpu', '?')}, threads: {first.get('threads', '?')}, {first.get('isa', '?')}"
+    threads = ", ".join(sorted({str(row.get("threads", "?")) for row in rows}))
+    text = f"{first.get('cpu', '?')}, threads: {threads}, {first.get('isa', '?')}"
     text += f", torch {first.get('torch', '?')}, commit {', '.join(commits)}, {', '.join(dates)}"
     loads = [row["load"] for row in rows if "load" in row]
     text += f", load {min(loads):.1f} to {max(loads):.1f}" if loads else ""
@@ -235,6 +236,20 @@ def width_table() -> str:
     return table(["F", "FVU", "dead"], lines)
 
 
+def quality_table() -> str:
+    """How far each provider got in the time of `bench/quality.py`."""
+    last = {
+        label_of(row) if row["provider"] != "fastsae" else "fastsae": row
+        for row in results("quality")
+        if "fvu" in row
+    }
+    lines = [
+        [name, str(row["steps"]), f"{row['seconds']:.0f} s", f"{row['fvu']:.4f}"]
+        for name, row in last.items()
+    ]
+    return table(["", "steps", "in", "held-out FVU"], lines)
+
+
 def machine_line(*parts: str) -> str:
     return measured_on([row for part in parts for row in results(part)])
 
@@ -248,6 +263,7 @@ TABLES = {
     "scaling": scaling_table,
     "ranks": ranks_table,
     "width": width_table,
+    "quality": quality_table,
     "machine of scaling": lambda: machine_line("scaling"),
     "machine of step": lambda: machine_line("step", "peers"),
     "machine of ops": lambda: machine_line("ops"),
