@@ -1,5 +1,5 @@
-"""The command line: ``fastsae demo | train | plan | eval | report | harvest | convert | compare |
-encode | stitch | meta | bench | info``.
+"""The command line: ``fastsae demo | train | suite | plan | eval | report | harvest | convert |
+compare | encode | stitch | meta | bench | info``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import tyro
 from fastsae.commands.compare import Compare, Meta, Stitch
 from fastsae.commands.data import Encode, Harvest
 from fastsae.commands.evaluate import Eval, Report
+from fastsae.commands.suite import Suite
 from fastsae.commands.tools import Bench, Convert, Info
 from fastsae.commands.train import Demo, Plan, Train, with_files
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Suite, tyro.conf.subcommand("suite")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Report, tyro.conf.subcommand("report")]

@@ -11,11 +11,11 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-
-from fastsae.shards import ActivationSet
+from torch import Tensor
 
 Ids = npt.NDArray[np.int64]
 
@@ -51,7 +51,17 @@ def sample_contexts(ctx: npt.NDArray[np.uint16], vocabulary: Path) -> Contexts:
     return Contexts(ids, {int(token): text for token, text in texts.items()})
 
 
-def set_contexts(stored: ActivationSet) -> Contexts:
+class Labelled(Protocol):
+    """Rows with labels: token, window and position."""
+
+    @property
+    def n_rows(self) -> int: ...
+
+    def gather(self, name: str, numbers: Ids, /) -> Tensor:
+        """The label of rows by number [m] → int32 [m]."""
+
+
+def set_contexts(stored: Labelled) -> Contexts:
     """Of a harvested set, whose rows of one window lie in the order of the text."""
 
     def ids(rows: Ids, reach: int) -> Ids:

@@ -5,30 +5,45 @@ it is filled with rows in the order they come, permuted, and handed out until ha
 then it is filled up and permuted anew. At the end of a pass over the iterable all of it is handed
 out, so each pass is exact: every row once. The order is a function of the seed and of the rows'
 order, and the count of rows handed out is the whole state, as long as the iterable gives the same
-chunks again: to go on, the rows before that are read once more and dropped.
+chunks again: to go on, the rows before that are read once more and dropped. Of chunks that have
+numbers, only those that still wait in the buffer are read again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastsae.batches import Batch
+from fastsae.buffer import Buffer, joined, rows_of
 from fastsae.data import open_source
-from fastsae.order import permutation
+from fastsae.order import RowIndex
 
-_PURPOSE = 3  # of the permutations of a buffer; order.py has 1, 2, 4 and 5
+
+@runtime_checkable
+class NumberedChunks(Protocol):
+    """An iterable of chunks that can also be asked for one by its number."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """How many rows each chunk has."""
+
+    def __getitem__(self, number: int, /) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class IterableSource:
     """Chunks x [n, d_in], or pairs (x, target [n, d_out]), of tensors or NumPy arrays.
 
     chunks: each ``iter(chunks)`` is one pass: a list, a DataLoader, an object whose ``__iter__`` is
-    a generator. buffer_rows: rows that are shuffled among each other and kept in memory, float32.
+    a generator, ``NumberedChunks``. buffer_rows: rows that are shuffled among each other and kept
+    in memory, float32.
 
     Its rows have no numbers, so it has no length, cannot be split and cannot be evaluated on.
     TypeError: a generator itself, which could not start anew. ValueError, TypeError: a chunk is not
@@ -62,6 +77,11 @@ class IterableSource:
         """Not None where chunks carry targets."""
         return None if self._d_target is None else self
 
+    @property
+    def buffer_bytes(self) -> int:
+        """The most memory that shuffling takes: the buffer, and its copies while it is permuted."""
+        return 3 * 4 * self.buffer_rows * (self.d_in + (self._d_target or 0))
+
     def identity(self) -> dict[str, Any]:
         """What tells a stream of rows from others, as far as that is known."""
         return {"d_in": self.d_in, "d_out": self.d_out, "buffer_rows": self.buffer_rows}
@@ -80,46 +100,93 @@ class IterableSource:
 
     def _batches(self, batch_size: int, seed: int, start: int) -> Generator[Batch, None, None]:
         pieces: list[Batch] = []
-        missing, dropped = batch_size, 0
-        for piece in self._shuffled(seed):
-            drop = min(start - dropped, len(piece.x))
-            dropped += drop
-            rest = _rows(piece, slice(drop, None))
+        missing = batch_size
+        buffer, number, drop = Buffer(self.buffer_rows, seed), 0, start
+        if isinstance(self.chunks, NumberedChunks):
+            buffer, number, drop = self._gone_to(start, buffer, self.chunks)
+        for piece in self._shuffled(buffer, number):
+            dropped = min(drop, len(piece.x))
+            drop -= dropped
+            rest = rows_of(piece, slice(dropped, None))
             while len(rest.x) >= missing:
-                pieces.append(_rows(rest, slice(missing)))
-                yield _concatenated(pieces)
-                rest, pieces, missing = _rows(rest, slice(missing, None)), [], batch_size
+                pieces.append(rows_of(rest, slice(missing)))
+                yield joined(pieces)
+                rest, pieces, missing = rows_of(rest, slice(missing, None)), [], batch_size
             if len(rest.x):
                 pieces.append(rest)
                 missing -= len(rest.x)
 
-    def _shuffled(self, seed: int) -> Iterator[Batch]:
-        """Pieces of the shuffled stream, each of at most a buffer."""
-        fillings = 0
+    def _shuffled(self, buffer: Buffer, number: int) -> Iterator[Batch]:
+        """Pieces of the stream, from a buffer on that chunk `number` of a pass comes into next."""
         while True:
-            kept: list[Batch] = []
-            n_kept = n_pass = 0
-            for piece in self._pass():
+            n_pass = buffer.n_kept
+            for piece in self._pass(number):
                 n_pass += len(piece.x)
-                while len(piece.x):
-                    taken = _rows(piece, slice(self.buffer_rows - n_kept))
-                    kept.append(taken)
-                    n_kept += len(taken.x)
-                    piece = _rows(piece, slice(len(taken.x), None))
-                    if n_kept == self.buffer_rows:
-                        buffer = _permuted(_concatenated(kept), seed, fillings)
-                        fillings += 1
-                        half = self.buffer_rows // 2
-                        yield _rows(buffer, slice(half))
-                        kept, n_kept = [_rows(buffer, slice(half, None))], self.buffer_rows - half
+                yield from buffer.take(piece)
             if not n_pass:
                 raise ValueError(f"{self.name}: expected rows in a pass over it, got none")
-            yield _permuted(_concatenated(kept), seed, fillings)
-            fillings += 1
+            yield buffer.rest()
+            number = 0
 
-    def _pass(self) -> Iterator[Batch]:
+    def _gone_to(
+        self, start: int, buffer: Buffer, chunks: NumberedChunks
+    ) -> tuple[Buffer, int, int]:
+        """The buffer at the last chunk before `start` rows were handed out, the number of the chunk
+        that comes next, and how many rows are missing to `start`.
+
+        Found with the rows' numbers in their place, so that no chunk is read but those needed."""
+        starts = np.cumsum([0, *chunks.sizes])
+        handed = 0
+        while starts[-1]:
+            for number, size in enumerate(chunks.sizes):
+                before, then = replace(buffer, kept=list(buffer.kept)), handed
+                numbers = torch.arange(size)[:, None] + int(starts[number])
+                handed += sum(len(piece.x) for piece in buffer.take(Batch(numbers, None)))
+                if handed > start:
+                    return self._filled(before, starts), number, start - then
+            if handed + buffer.n_kept > start:
+                return self._filled(buffer, starts), len(chunks.sizes), start - handed
+            handed += len(buffer.rest().x)
+        return buffer, 0, 0
+
+    def _filled(self, buffer: Buffer, starts: RowIndex) -> Buffer:
+        """The buffer with rows in the place of their numbers."""
+        if not buffer.n_kept:
+            return replace(buffer, kept=[])
+        wanted = joined(buffer.kept).x[:, 0].numpy()
+        chunk_of = np.searchsorted(starts, wanted, side="right") - 1
+        kept = Batch(
+            torch.empty(len(wanted), self.d_in),
+            None if self._d_target is None else torch.empty(len(wanted), self._d_target),
+        )
+        for number in np.unique(chunk_of).tolist():
+            places = np.flatnonzero(chunk_of == number)
+            rows = rows_of(
+                self._numbered(number), torch.from_numpy(wanted[places] - starts[number])
+            )
+            for whole, part in zip(kept[:2], rows[:2], strict=True):
+                if whole is not None and part is not None:
+                    whole[torch.from_numpy(places)] = part.to(whole.device)
+        return replace(buffer, kept=[kept])
+
+    def _pass(self, first: int) -> Iterator[Batch]:
+        """The chunks of a pass from one on."""
+        if isinstance(self.chunks, NumberedChunks):
+            yield from map(self._numbered, range(first, len(self.chunks.sizes)))
+            return
         for number, chunk in enumerate(self._chunks()):
             yield Batch(*_chunk(self.name, number, chunk, self.d_in, self._d_target))
+
+    def _numbered(self, number: int) -> Batch:
+        assert isinstance(self.chunks, NumberedChunks)
+        chunk = self.chunks[number]
+        found = Batch(*_chunk(self.name, number, chunk, self.d_in, self._d_target))
+        if len(found.x) != self.chunks.sizes[number]:
+            raise ValueError(
+                f"{self.name}: chunk {number}: expected {self.chunks.sizes[number]} rows, "
+                f"got {len(found.x)}"
+            )
+        return found
 
     def _chunks(self) -> Iterator[Any]:
         chunks = iter(self.chunks)
@@ -166,17 +233,3 @@ def _matrix(label: str, rows: Any, width: int | None) -> Tensor:
         return source.rows(np.arange(source.n_rows))
     except ValueError as error:
         raise ValueError(f"{label}: {str(error).removeprefix('tensor: ')}") from None
-
-
-def _rows(batch: Batch, rows: slice | Tensor) -> Batch:
-    return Batch(batch.x[rows], None if batch.target is None else batch.target[rows])
-
-
-def _concatenated(pieces: list[Batch]) -> Batch:
-    targets = [piece.target for piece in pieces if piece.target is not None]
-    return Batch(torch.cat([piece.x for piece in pieces]), torch.cat(targets) if targets else None)
-
-
-def _permuted(batch: Batch, seed: int, filling: int) -> Batch:
-    order = torch.from_numpy(permutation(len(batch.x), seed, _PURPOSE, filling))
-    return _rows(batch, order.to(batch.x.device))

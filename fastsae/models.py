@@ -17,6 +17,9 @@ from torch import nn
 
 from fastsae.files import sha256
 
+CACHE = Path("~/.cache/fastsae")
+"""Where the dequantised weights of pinned models are kept, unless said."""
+
 
 @dataclass(frozen=True)
 class LanguageModel:

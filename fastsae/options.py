@@ -76,19 +76,28 @@ def read_options(path: Path, hints: Hints) -> dict[str, Any]:
 
     hints: the type of every option there is.
     """
-    options = _toml(path) if path.suffix == ".toml" else read_json(path)
+    return checked(read_table(path), hints, str(path))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """What a .toml or .json file holds. ValueError: it is not readable."""
+    return _toml(path) if path.suffix == ".toml" else read_json(path)
+
+
+def checked(options: dict[str, Any], hints: Hints, where: str) -> dict[str, Any]:
+    """The options themselves. ValueError: one there is not, or of another type, said of `where`."""
     for name, value in options.items():
         if name not in hints:
             near = difflib.get_close_matches(name, hints, 1)
             meant = f"; did you mean {near[0]}?" if near else ""
             shown = name if name.isidentifier() else repr(name)
-            raise ValueError(f"{path}: {shown:.80}: there is no such option{meant}")
+            raise ValueError(f"{where}: {shown:.80}: there is no such option{meant}")
         if name == "selection" and isinstance(value, dict):
             if not isinstance(value.get("name"), str):
-                raise ValueError(f"{path}: selection: expected a table with a name, got {value!r}")
+                raise ValueError(f"{where}: selection: expected a table with a name, got {value!r}")
         elif not _fits(value, hints[name]):
             kinds = " or ".join(_kinds(hints[name]))
-            raise ValueError(f"{path}: {name}: expected {kinds}, got {value!r:.80}")
+            raise ValueError(f"{where}: {name}: expected {kinds}, got {value!r:.80}")
     return options
 
 
@@ -134,6 +143,10 @@ def _fits(value: Any, hint: Any) -> bool:
         if typing.get_origin(kind) is typing.Literal:
             if isinstance(value, str) and value in typing.get_args(kind):
                 return True
+        elif typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)[0]
+            if isinstance(value, list) and all(_fits(item, inner) for item in value):
+                return True
         elif kind is float:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 return True
@@ -150,6 +163,8 @@ def _kinds(hint: Any) -> Iterator[str]:
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is typing.Literal:
             yield ", ".join(typing.get_args(kind))
+        elif typing.get_origin(kind) is tuple:
+            yield "a list"
         elif kind is type(None):
             yield "null"
         else:

@@ -7,7 +7,8 @@ tests/test_memory.py holds it to. The rest is what Python and torch take.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ class Plan:
     step: int
     """Codes, buffers and tokens of a step, two batches ahead, at most; a rule that recomputes has
     its own blocks."""
+    shuffled: int = 0
+    """Rows that are shuffled in memory, where they come from an iterable or a live model."""
     process: int = PROCESS
     checkpoints: int = 0
     """On the disk: those that are kept, one that is being written, the weights at the end."""
@@ -47,7 +50,7 @@ class Plan:
     def memory(self) -> int:
         """All that lies in memory."""
         lasting = self.weights + self.moments + self.gradients + self.average + self.counters
-        return lasting + self.step + self.process
+        return lasting + self.shuffled + self.step + self.process
 
 
 def plan(
@@ -92,6 +95,13 @@ def plan(
     )
 
 
+def total(plans: Sequence[Plan]) -> Plan:
+    """What trainings take that one process has side by side; their steps take turns."""
+    sums = {f.name: sum(getattr(p, f.name) for p in plans) for f in fields(Plan)}
+    sums["step"] = max((p.step for p in plans), default=0)
+    return Plan(**{**sums, "process": PROCESS})
+
+
 def _pairs_a_token(config: SAEConfig) -> int:
     rule = config.selection
     k = getattr(rule, rule.k_name, None) if rule.k_name else None
@@ -134,6 +144,7 @@ def table(found: Plan, memory: int) -> str:
         ("gradient matrices", found.gradients, "" if found.gradients else "rows, in the update"),
         ("moving average", found.average, ""),
         ("counters", found.counters, ""),
+        ("shuffled rows", found.shuffled, ""),
         ("a step, at most", found.step, "codes, tokens, buffers"),
         ("Python and torch", found.process, ""),
         ("memory", found.memory, f"{memory / 1e9:,.2f} GB are there"),

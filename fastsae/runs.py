@@ -13,22 +13,24 @@ The last three lines appear when the training is finished.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastsae import checkpoint, metrics, plan
+from fastsae import checkpoint, live, metrics, plan
 from fastsae.config import SAEConfig, TrainConfig
 from fastsae.data import Source, in_order, open_source, split
 from fastsae.files import appear, read_json, write_json
+from fastsae.iterable import IterableSource
 from fastsae.log import find_wandb
 from fastsae.report import write_report
 from fastsae.sae import SAE
 from fastsae.selection import Selection
 from fastsae.sharding import Shards
 from fastsae.timing import product_seconds
-from fastsae.train import Trainer, evaluate
+from fastsae.train import Draw, Trainer, evaluate
 
 FILES = ("run.json", "config.json", "sae.safetensors", "log.jsonl", "metrics.json", "report.html")
 FIGURE_ROWS = 1 << 20
@@ -74,9 +76,31 @@ def check_same(run: Path, options: dict[str, Any]) -> None:
             )
 
 
+Rows = Source | IterableSource
+
+
+def open_split(
+    data: str,
+    target: str | None,
+    n_holdout: int,
+    *,
+    gradients: bool = False,
+    streams: dict[Path, live.Stream] | None = None,
+) -> tuple[Rows, Source]:
+    """(training rows, held-out rows) of what ``--data`` names; ``live:…``: as `live.open_live`.
+
+    ValueError: as `open_source`, `split` and `open_live`, and gradients of a live model.
+    """
+    if data.startswith("live:"):
+        if gradients:
+            raise ValueError(f"{data}: expected stored gradients, got none: harvest them")
+        return live.open_live(data, target, n_holdout, streams)
+    return split(open_source(data, target, gradients=gradients), n_holdout)
+
+
 def train(
     config: SAEConfig,
-    rows: Source,
+    rows: Rows,
     holdout: Source,
     settings: TrainConfig,
     out: Path,
@@ -91,73 +115,122 @@ def train(
     Where the training was interrupted it returns what `Trainer.run` does. shards: of the ranks that
     train together, all of which call this; the first one writes.
     """
+    check_place(out, options, settings, resume)
+    if device == "cpu":
+        if shards is None:
+            alone = replace(plan.plan(config, settings), shuffled=buffer_bytes(rows))
+            plan.check(alone, plan.available())
+        else:
+            each = plan.plan(config, settings, latents=shards.n_latent, data=shards.n_data)
+            plan.check(each, plan.available() // shards.n_here)
+            shards.barrier()  # no rank takes memory that another one has yet to count
+    trainer = begin(config, rows, holdout, settings, out, options, device=device, shards=shards)
+    first_step = trainer.step_count
+    try:
+        trainer.run()
+    except OSError as error:
+        raise OSError(what_is_left(trainer, error)) from error
+    return finish(trainer, rows, holdout, first_step)
+
+
+def check_place(out: Path, options: dict[str, Any], settings: TrainConfig, resume: bool) -> None:
+    """ValueError: a run cannot begin in the folder, or go on there."""
     if resume and (out / "run.json").exists():
         check_same(out, options)
     else:
         check_new(out)
     if settings.wandb is not None:
         find_wandb()
-    if device == "cpu":
-        if shards is None:
-            plan.check(plan.plan(config, settings), plan.available())
-        else:
-            each = plan.plan(config, settings, latents=shards.n_latent, data=shards.n_data)
-            plan.check(each, plan.available() // shards.n_here)
-            shards.barrier()  # no rank takes memory that another one has yet to count
+
+
+def buffer_bytes(rows: Rows) -> int:
+    """Memory that the shuffling of rows takes, where they have no numbers."""
+    return rows.buffer_bytes if isinstance(rows, IterableSource) else 0
+
+
+def begin(
+    config: SAEConfig,
+    rows: Rows,
+    holdout: Source,
+    settings: TrainConfig,
+    out: Path,
+    options: dict[str, Any],
+    *,
+    device: str = "cpu",
+    shards: Shards | None = None,
+    draw: Draw | None = None,
+) -> Trainer:
+    """The trainer of a run, at its newest checkpoint where there is one, and its run.json."""
     held = holdout if holdout.n_rows else None
     sae = SAE(config, seed=settings.seed, device=device, shards=shards)
-    trainer = Trainer(sae, rows, settings, out=out, holdout=held)
+    trainer = Trainer(sae, rows, settings, out=out, holdout=held, draw=draw)
     trainer.resume()
-    first_step = trainer.step_count
     if shards is not None:
         shards.barrier()  # what is there was looked at by all
     if sae.writes:
         out.mkdir(parents=True, exist_ok=True)
         appear(out / "run.json", lambda partial: write_json(partial, options))
-    try:
-        figures: dict[str, Any] = trainer.run()
-    except OSError as error:
-        folder = checkpoint.latest(out)
-        there = "there is no checkpoint yet" if folder is None else f"{folder} is whole"
-        raise OSError(f"step {trainer.step_count}: {error}; {there}") from error
+    return trainer
+
+
+def what_is_left(trainer: Trainer, error: OSError) -> str:
+    """The error, with what a run can go on from."""
+    assert trainer.out is not None
+    folder = checkpoint.latest(trainer.out)
+    there = "there is no checkpoint yet" if folder is None else f"{folder} is whole"
+    return f"step {trainer.step_count}: {error}; {there}"
+
+
+def finish(trainer: Trainer, rows: Rows, holdout: Source, first_step: int) -> dict[str, Any]:
+    """The figures of a training, written with its report where it is not interrupted."""
+    figures: dict[str, Any] = trainer.summary()
+    out, settings, shards = trainer.out, trainer.config, trainer.shards
+    assert out is not None
     if figures["interrupted"]:
         return {**figures, "step": trainer.step_count, "steps": settings.steps}
     with trainer.averaged():
-        seconds = figures["train_seconds"]
         step, figured = trainer.evaluated
         if step != trainer.step_count:
-            figured = evaluate(trainer.sae, holdout) if held else {}
+            figured = evaluate(trainer.sae, holdout) if holdout.n_rows else {}
         figures |= figured
-        figures |= final_figures(trainer.sae, rows, holdout, settings, seconds)
+        figures |= final_figures(trainer.sae, rows, holdout, settings, trainer.seconds)
         if shards is not None:
             figures["ranks"] = shards.n_ranks
             n_steps = max(trainer.step_count - first_step, 1)
             figures["exchanged_bytes_a_step"] = shards.received() / n_steps
-        if sae.writes:
+        if trainer.sae.writes:
             appear(out / "metrics.json", lambda partial: write_json(partial, figures))
         if shards is None:  # a report looks at all latents: `report_run` of what was saved
-            write_report(out, trainer.sae, holdout, rows)
+            write_report(out, trainer.sae, holdout, rows if isinstance(rows, Source) else None)
     return figures
 
 
 def final_figures(
-    sae: SAE, rows: Source, holdout: Source, settings: TrainConfig, seconds: float
+    sae: SAE, rows: Rows, holdout: Source, settings: TrainConfig, seconds: float
 ) -> dict[str, Any]:
-    """PCA on held-out rows; the dead share on training rows; what a step cost."""
+    """PCA on held-out rows; the dead share on training rows; what a step cost.
+
+    Of rows without numbers, which cannot be read again at little cost, there is no PCA, and the
+    dead share is that of the held-out rows."""
     figures: dict[str, Any] = {}
-    # A quarter of what it was trained on: a pass that takes longer than the training helps nobody.
-    n = min(rows.n_rows, FIGURE_ROWS, max(settings.steps * settings.batch_size // 4, 1 << 16))
-    some = rows.select(np.arange(n) * rows.n_rows // n)
-    if holdout.n_rows and rows.target is None:
-        figures["pca_components"] = min(round(_l0_of(sae.config.selection)), rows.d_in)
-        figures["pca_fvu"] = metrics.pca_fvu(
-            (batch.x for batch in in_order(some, 4096)),
-            (batch.x for batch in in_order(holdout, 4096)),
-            figures["pca_components"],
-        )
-    figures["dead_share"] = evaluate(sae, some)["dead_share"]
-    figures["dead_share_rows"] = n
-    x = next(rows.batches(settings.batch_size, settings.seed)).x
+    if isinstance(rows, Source):
+        # A quarter of what it was trained on: a pass that takes longer than the training helps
+        # nobody.
+        n = min(rows.n_rows, FIGURE_ROWS, max(settings.steps * settings.batch_size // 4, 1 << 16))
+        some = rows.select(np.arange(n) * rows.n_rows // n)
+        if holdout.n_rows and rows.target is None:
+            figures["pca_components"] = min(round(_l0_of(sae.config.selection)), rows.d_in)
+            figures["pca_fvu"] = metrics.pca_fvu(
+                (batch.x for batch in in_order(some, 4096)),
+                (batch.x for batch in in_order(holdout, 4096)),
+                figures["pca_components"],
+            )
+        figures["dead_share"] = evaluate(sae, some)["dead_share"]
+        figures["dead_share_rows"] = n
+        x = next(rows.batches(settings.batch_size, settings.seed)).x
+    else:
+        figures["dead_share_rows"] = holdout.n_rows
+        x = holdout.rows(np.arange(settings.batch_size) % holdout.n_rows)
     figures["product_seconds"] = product_seconds(x, sae.W_enc, most_bytes=2**26)
     figures["step_ratio"] = seconds / settings.steps / figures["product_seconds"]
     return figures
@@ -188,7 +261,7 @@ def report_run(run: Path, data: str | None) -> Path:
     if data is not None:
         return write_report(run, sae, open_source(data))
     rows, holdout = _split_of(run, gradients=False)
-    return write_report(run, sae, holdout, rows)
+    return write_report(run, sae, holdout, rows if isinstance(rows, Source) else None)
 
 
 def sae_of(run: Path) -> SAE:
@@ -206,7 +279,7 @@ def held_out(run: Path, gradients: bool = False) -> Source:
     return rows
 
 
-def _split_of(run: Path, gradients: bool) -> tuple[Source, Source]:
+def _split_of(run: Path, gradients: bool) -> tuple[Rows, Source]:
     options = options_of(run)
     for name, kinds in (("data", (str,)), ("target", (str, type(None))), ("holdout", (int,))):
         if not isinstance(options.get(name), kinds):
@@ -214,8 +287,7 @@ def _split_of(run: Path, gradients: bool) -> tuple[Source, Source]:
             raise ValueError(
                 f"{run / 'run.json'}: {name}: expected it as train wrote it, got {got}"
             )
-    whole = open_source(options["data"], options["target"], gradients=gradients)
-    return split(whole, options["holdout"])
+    return open_split(options["data"], options["target"], options["holdout"], gradients=gradients)
 
 
 def print_figures(figures: dict[str, Any], out: Path) -> None:

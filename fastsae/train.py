@@ -10,6 +10,7 @@ had not stopped (`fastsae.checkpoint`): all randomness is a function of the seed
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import threading
@@ -37,14 +38,27 @@ from fastsae.resample import resample_dead_
 from fastsae.sae import BY_LATENT, SAE, SAEOutput
 from fastsae.sharding import Shards
 
-__all__ = ["TrainConfig", "Trainer", "evaluate"]
+__all__ = ["Draw", "TrainConfig", "Trainer", "evaluate", "stop_requests"]
+
+Draw = Callable[..., Batches | Generator[Batch, None, None]]
+"""Gives the batches of `Source.batches` and `IterableSource.batches`, and takes what these take."""
+
+
+def drawn(source: Source | IterableSource, config: TrainConfig) -> Draw:
+    """What gives a training its batches. ValueError: shuffle_block is not 1 with an iterable."""
+    if isinstance(source, Source):
+        return functools.partial(source.batches, block=config.shuffle_block)
+    if config.shuffle_block != 1:
+        raise ValueError(f"shuffle_block: expected 1 with an iterable, got {config.shuffle_block}")
+    return source.batches
 
 
 class Trainer:
     """Trains an SAE on a source of activations.
 
     With `out` the run is kept there: log.jsonl grows line by line, checkpoints are written, and the
-    weights at the end. holdout: rows that it is evaluated on from time to time.
+    weights at the end. holdout: rows that it is evaluated on from time to time. draw: who gives the
+    batches in the place of `source.batches`: trainers that take turns may share a stream.
 
     An SAE on shards (`fastsae.sharding`) is trained by all its ranks, each with a Trainer of the
     same arguments: batch_size is that of all of them, and the first one writes what is one file.
@@ -58,17 +72,15 @@ class Trainer:
         *,
         out: str | Path | None = None,
         holdout: Source | None = None,
+        draw: Draw | None = None,
     ) -> None:
         for rows in (source, holdout):
             if rows is not None:
                 _check_widths(sae, rows)
         if sae.shards is not None:
             _check_sharded(sae.shards, source, config)
-        if config.shuffle_block > 1 and not isinstance(source, Source):
-            raise ValueError(
-                f"shuffle_block: expected 1 with an iterable, got {config.shuffle_block}"
-            )
         self.sae, self.source, self.config, self.holdout = sae, source, config, holdout
+        self.draw = drawn(source, config) if draw is None else draw
         self.shards = sae.shards
         self.out = None if out is None else Path(out)
         self.lr = config.lr or 2e-4 / math.sqrt(sae.config.d_sae / 2**14)
@@ -107,6 +119,11 @@ class Trainer:
         self.evaluated: tuple[int, dict[str, Any]] = (-1, {})
         """The step and the figures of the last evaluation on the rows held out, in this process."""
 
+    @property
+    def rows_seen(self) -> int:
+        """Training rows so far."""
+        return self.step_count * self.config.batch_size
+
     # ---- one step ----
 
     def initialize(self) -> None:
@@ -114,8 +131,8 @@ class Trainer:
         n = self.config.init_rows
         if self.source.n_rows is not None:
             n = min(n, self.source.n_rows)
+        x, target, _ = self._moved(next(self.draw(n, self.config.seed)))
         c = self.config
-        x, target, _ = self._moved(next(self._stream(n)))
         self.sae.initialize_from_(
             x, target, scale=c.scale, b_dec=c.b_dec, fit_encoder=c.fit_encoder
         )
@@ -187,18 +204,11 @@ class Trainer:
 
     def _batches(self) -> Batches | Generator[Batch, None, None]:
         """The rows from here on; of shards this rank's part of each batch."""
-        n = self.config.batch_size
-        part = (0, 1) if self.shards is None else (self.shards.rank, self.shards.n_ranks)
-        return self._stream(n, self.step_count * n, part)
-
-    def _stream(
-        self, n: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Batches | Generator[Batch, None, None]:
-        """Batches of n rows of the source, in the training's order."""
-        if isinstance(self.source, Source):
-            c = self.config
-            return self.source.batches(n, c.seed, start, part, c.shuffle_block)
-        return self.source.batches(n, self.config.seed, start)
+        config, start = self.config, self.rows_seen
+        if self.shards is None:
+            return self.draw(config.batch_size, config.seed, start)
+        part = self.shards.rank, self.shards.n_ranks
+        return self.draw(config.batch_size, config.seed, start, part)
 
     def _read(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, on the SAE's device; of shards the tokens of this row of ranks."""
@@ -239,6 +249,21 @@ class Trainer:
         KeyboardInterrupt. ValueError: `out` holds another run (`resume` goes on with it), or
         another process trains into it.
         """
+        stopping = stop_requests(self.out is not None)
+        with stopping as stop, contextlib.closing(self.steps(stop, progress=progress)) as steps:
+            for output in steps:
+                if on_step is not None:
+                    on_step(self.step_count, output)
+        return self.summary()
+
+    def steps(
+        self, stop: threading.Event, *, progress: bool = False
+    ) -> Generator[SAEOutput, None, None]:
+        """`run`, a step whenever it is asked for one, until `stop` is set: what takes turns.
+
+        What follows from a step (its line in the log, an evaluation, a checkpoint) is done when the
+        next one is asked for; the checkpoint and the weights of the end when there is none.
+        """
         with contextlib.ExitStack() as stack:
             if self.out is not None and self.sae.writes:
                 self._check_new(self.out)
@@ -246,7 +271,15 @@ class Trainer:
                 checkpoint.remove_leftovers(self.out)
             if self.shards is not None:  # so that the first one's error comes before what it makes
                 self.shards.barrier()
-            return self._run(progress and self.sae.writes, on_step)
+            yield from self._steps(stop, progress and self.sae.writes)
+
+    def summary(self) -> dict[str, float]:
+        """What the steps so far took, and whether they are not all."""
+        return {
+            "train_seconds": self.seconds,
+            "tokens_per_s": self.rows_seen / max(self.seconds, 1e-9),
+            "interrupted": self.step_count < self.config.steps,
+        }
 
     def _stops(self, stop: threading.Event) -> bool:
         """Whether a stop was asked for, of any rank: all of them stop before the same step."""
@@ -258,9 +291,7 @@ class Trainer:
             raise ValueError(f"{out}: expected a new run directory, or resume() first, got a run's")
         self.continues = True
 
-    def _run(
-        self, progress: bool, on_step: Callable[[int, SAEOutput], None] | None
-    ) -> dict[str, float]:
+    def _steps(self, stop: threading.Event, progress: bool) -> Generator[SAEOutput, None, None]:
         config, first_step = self.config, self.step_count
         eval_every = config.eval_every or max(1, config.steps // 10)
         log = RunLog(
@@ -273,8 +304,7 @@ class Trainer:
             config=self.settings(),
         )
         batches = self._batches()
-        stopping = _stop_requests(self.out is not None)
-        with log, stopping as stop, contextlib.closing(batches):
+        with log, contextlib.closing(batches):
             if first_step == 0:
                 log.write({"config": self.settings(), "engine": self.engine()})
                 with self._timed():
@@ -289,8 +319,7 @@ class Trainer:
                     if last or self.step_count % config.log_every == 0:
                         line = self._figures(output, batch)  # waits for a GPU
                 log.bar.update()
-                if on_step is not None:
-                    on_step(self.step_count, output)
+                yield output
                 if line is not None:
                     log.bar.set_postfix(loss=f"{line['loss']:.4f}", dead=line["n_dead"])
                     log.write({**self._place(), **line})
@@ -306,21 +335,14 @@ class Trainer:
                 if self.out is not None and self.step_count % config.checkpoint_every == 0:
                     self.save()
             self._tell_progress()
-            interrupted = self.step_count < config.steps
             if self.out is None or not self.step_count:
                 self.check_finite()
             else:
                 self.save()
-                if not interrupted:
+                if self.step_count == config.steps:
                     with self.averaged():
                         self.sae.save(self.out)
         self.sae.eval()
-        tokens = self.step_count * config.batch_size
-        return {
-            "train_seconds": self.seconds,
-            "tokens_per_s": tokens / max(self.seconds, 1e-9),
-            "interrupted": interrupted,
-        }
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -372,12 +394,11 @@ class Trainer:
         return f"step {self.step_count}: {what}; a lower learning rate usually helps"
 
     def _place(self) -> dict[str, Any]:
-        tokens = self.step_count * self.config.batch_size
         return {
             "step": self.step_count,
-            "tokens": tokens,
+            "tokens": self.rows_seen,
             "seconds": round(self.seconds, 3),
-            "tokens_per_s": tokens / self.seconds,
+            "tokens_per_s": self.rows_seen / self.seconds,
         }
 
     def _figures(self, output: SAEOutput, batch: Batch) -> dict[str, Any]:
@@ -415,7 +436,7 @@ def _parts(batch: Batch, n: int) -> list[Batch]:
 
 
 @contextlib.contextmanager
-def _stop_requests(wanted: bool) -> Iterator[threading.Event]:
+def stop_requests(wanted: bool) -> Iterator[threading.Event]:
     """An event that SIGINT, SIGTERM and SIGHUP set, where wanted; a second SIGINT interrupts."""
     stop = threading.Event()
     before: dict[int, Any] = {}

@@ -74,3 +74,36 @@ def test_the_page_on_consistency_runs() -> None:
     assert float(figures["fvu_large"]) < float(figures["fvu_small"]) < 1
     assert names["codes"].n_latents == 256 and len(names["rows"]) == 20
     assert SAE.load("runs/meta").config.d_in == 384
+
+
+TRANSFORMERS = """
+from types import SimpleNamespace
+from test_harvest import Causal, Loaded, Tokenizer
+
+AutoConfig = Loaded(SimpleNamespace(architectures=["LlamaForCausalLM"], is_encoder_decoder=False))
+AutoModelForCausalLM, AutoTokenizer = Loaded(Causal()), Loaded(Tokenizer())
+"""
+
+
+def test_the_page_on_harvesting_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny model in the place of a real one, and a stand-in for transformers."""
+    (tmp_path / "stand_in").mkdir()
+    (tmp_path / "stand_in" / "transformers.py").write_text(TRANSFORMERS)
+    paths = [tmp_path / "stand_in", Path(__file__).parent, DOCS.parent]
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*map(str, paths), before]))
+    monkeypatch.syspath_prepend(str(tmp_path / "stand_in"))
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    (tmp_path / "model").mkdir()
+    lines = (f"{i} bottles, take {i % 7} down, {i * i} on the wall." for i in range(800))
+    (tmp_path / "text.txt").write_text(" ".join(lines))
+    kinds, names, said = run_page("harvest.md")
+    monkeypatch.delitem(sys.modules, "transformers")
+    assert kinds == ["sh", "sh", "sh", "sh", "python"]
+    assert "4 of 4 shards to write" in said and "late-wide:" in said
+    assert said.count("held-out FVU of PCA") == 1  # the transcoder has none, live runs neither
+    sets = sorted(path.name for path in (tmp_path / "sets").iterdir())
+    assert sets == ["mlp-1", "mlp-3", "residual-1", "residual-3"]
+    live = SAE.load("runs/live")
+    assert live.config.d_in == names["rows"].d_in == 6
+    assert SAE.load("runs/suite/late-wide").config.d_sae == 512

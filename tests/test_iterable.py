@@ -128,3 +128,53 @@ def test_what_cannot_start_anew_is_refused() -> None:
             IterableSource([good]).batches(**wrong)
     with pytest.raises(ValueError, match="buffer_rows: expected at least 2, got 1"):
         IterableSource([good], buffer_rows=1)
+
+
+class Numbered:
+    """Chunks that count how often each was asked for."""
+
+    def __init__(self, chunks: list[Any]) -> None:
+        self.chunks, self.asked = chunks, [0] * len(chunks)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(c[0] if isinstance(c, tuple) else c) for c in self.chunks]
+
+    def __getitem__(self, number: int) -> Any:
+        self.asked[number] += 1
+        return self.chunks[number]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[number] for number in range(len(self.chunks)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 60),
+    chunk=st.integers(1, 30),
+    buffer=st.integers(2, 80),
+    start=st.integers(0, 200),
+    seed=st.integers(0, 2),
+)
+def test_numbered_chunks_give_the_same_stream(
+    n: int, chunk: int, buffer: int, start: int, seed: int
+) -> None:
+    chunks = [(part, part[:, :1] * 2) for part in numbered(n).split(chunk)]
+    plain, source = (IterableSource(c, buffer_rows=buffer) for c in (chunks, Numbered(chunks)))
+    expected, found = (s.batches(7, seed, start) for s in (plain, source))
+    for _ in range(2 * n // 7 + 2):
+        a, b = next(expected), next(found)
+        assert a.target is not None and b.target is not None
+        assert torch.equal(a.x, b.x) and torch.equal(a.target, b.target)
+
+
+def test_of_numbered_chunks_only_those_that_wait_are_read_again() -> None:
+    chunks = Numbered(list(numbered(10_000).split(10)))
+    source = IterableSource(chunks, buffer_rows=100)
+    next(source.batches(10, start=29_500))
+    assert sum(chunks.asked) < 60 and max(chunks.asked[1:]) == 1
+    chunks.chunks[4] = chunks.chunks[4][1:]
+    sizes = [10] * 1000
+    chunks.__class__ = type("Wrong", (Numbered,), {"sizes": sizes})
+    with pytest.raises(ValueError, match="iterable: chunk 4: expected 10 rows, got 9"):
+        next(source.batches(10))

@@ -9,8 +9,8 @@ import tyro
 
 from fastsae import corpus, runs
 from fastsae.data import open_source
-from fastsae.harvest import HarvestConfig, harvest
-from fastsae.models import load_model
+from fastsae.harvest import HarvestConfig, harvest_sites
+from fastsae.models import CACHE, load_model
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Harvest:
     text: tuple[Path, ...]
     """Files to read: .txt, or .jsonl with a field "text"."""
     out: Path
-    """Folder of the set: index.json and shards."""
+    """Folder of the set: index.json and shards; of several sites OUT/residual-3 and so on."""
     kept: HarvestConfig
     """What is kept."""
-    cache: Path = Path("~/.cache/fastsae")
+    cache: Path = CACHE
     """Where the dequantised weights of smollm2 are kept."""
     device: str = "cpu"
     """Where the model runs."""
@@ -33,7 +33,7 @@ class Harvest:
     def run(self) -> None:
         self.kept.check()
         model = load_model(self.model, self.cache.expanduser(), self.device)
-        harvest(model, self.text, self.out, self.kept)
+        harvest_sites(model, self.text, self.out, self.kept)
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from fastsae import plan, runs
 from fastsae.config import SAEConfig, TrainConfig
-from fastsae.data import open_source, split
+from fastsae.live import Stream
 from fastsae.options import as_arguments, read_options, rule_from, selection_parameters, typed
 from fastsae.selection import Selection
 from fastsae.sharding import Shards
+from fastsae.suite import Member
 
 OF_THE_COMMAND = ("out", "config", "resume", "device", "shard_latents", "data_parallel")
 """Options of train that a run does not have: it may go on elsewhere, in other processes."""
@@ -52,8 +54,8 @@ class Train:
     """Train an SAE on activations."""
 
     data: str
-    """A .npy file of float16, float32 or float64 rows, a folder that harvest wrote, or
-    sample:minilm_l3, sample:smollm2_l11."""
+    """A .npy file of float16, float32 or float64 rows, a folder that harvest wrote, a model's rows
+    as it makes them (live:FILE.toml:SITE), or sample:minilm_l3, sample:smollm2_l11."""
     d_sae: int
     """Number of latents."""
     out: Path
@@ -96,16 +98,24 @@ class Train:
     train: TrainOptions = TrainOptions()
     """How it is trained."""
 
-    def run(self, parameters: dict[str, Any] | None = None) -> None:
+    def prepared(
+        self, parameters: dict[str, Any], streams: dict[Path, Stream] | None = None
+    ) -> Member:
+        """The run that the options say, its data open. streams: as for `live.open_live`."""
         settings = self.train.checked()
-        rule = rule_from(self.selection, self.k, parameters or {})
-        source = open_source(self.data, self.target, gradients=rule.needs_gradient)
-        train, holdout = split(source, self.holdout)
+        rule = rule_from(self.selection, self.k, parameters)
+        rows, holdout = runs.open_split(
+            self.data,
+            self.target,
+            self.holdout,
+            gradients=rule.needs_gradient,
+            streams=streams,
+        )
         config = SAEConfig(
-            d_in=source.d_in,
+            d_in=rows.d_in,
             d_sae=self.d_sae,
             selection=rule,
-            d_out=None if self.target is None else source.d_out,
+            d_out=None if self.target is None else rows.d_out,
             skip=self.skip,
             decoder_norm=self.decoder_norm,  # type: ignore[arg-type]  # SAEConfig checks it
             dtype=self.dtype,  # type: ignore[arg-type]
@@ -121,6 +131,10 @@ class Train:
         for name in ("data", "target"):  # a run may be resumed from another folder
             options[name] = _absolute(options[name])
         options = json.loads(json.dumps(options))
+        return Member(config, rows, holdout, settings, options, self.device)
+
+    def run(self, parameters: dict[str, Any] | None = None) -> None:
+        of = self.prepared(parameters or {})
         shards, device = None, self.device
         if self.shard_latents * self.data_parallel != 1 or "WORLD_SIZE" in os.environ:
             if device not in ("cpu", "cuda"):  # which would be that of all of them
@@ -130,12 +144,12 @@ class Train:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
             shards = Shards.connect(self.shard_latents, self.data_parallel, device)
         figures = runs.train(
-            config,
-            train,
-            holdout,
-            settings,
+            of.config,
+            of.rows,
+            of.holdout,
+            of.settings,
             self.out,
-            options,
+            of.options,
             resume=self.resume,
             device=device,
             shards=shards,
@@ -195,13 +209,13 @@ class Plan:
             print(plan.table(found, memory))
 
 
-def finish(figures: dict[str, Any], out: Path) -> None:
+def finish(figures: dict[str, Any], out: Path, go_on: str | None = None) -> None:
     """Says how a training ended; where nobody listens any more that is no error."""
     try:
         if figures["interrupted"]:
             print(
                 f"stopped after step {figures['step']} of {figures['steps']}; "
-                f"go on with: fastsae train --resume --out {out}"
+                f"go on with: {go_on or f'fastsae train --resume --out {out}'}"
             )
         else:
             runs.print_figures(figures, out)
@@ -213,7 +227,7 @@ def finish(figures: dict[str, Any], out: Path) -> None:
 def _absolute(data: str | None) -> str | None:
     if data is None or data.startswith("sample:"):
         return data
-    kind = "decoder:" if data.startswith("decoder:") else ""
+    kind = next((kind for kind in ("decoder:", "live:") if data.startswith(kind)), "")
     return kind + str(Path(data.removeprefix(kind)).absolute())
 
 
@@ -239,19 +253,24 @@ def with_files(args: list[str]) -> tuple[list[str], dict[str, Any]]:
         files.append(Path(out) / "run.json")
     if config is not None:
         files.append(Path(config))
-    before: list[str] = []
-    first: dict[str, Any] = {}
-    for path in files:
-        options = read_options(path, hints)
-        given, of_rule = as_arguments(options)
-        before += given
-        if "selection" in options:  # another rule has other parameters
-            first = of_rule
-        elif "k" in options:
-            first.pop(_k_name(typed(before, "selection")), None)
+    before, first = layered([read_options(path, hints) for path in files])
     name = typed(args, "selection")
     if name is not None and typed(before, "selection") != name:
         first = {}
     if typed(args, "k") is not None:  # what is typed overrides the table's
         first.pop(_k_name(name or typed(before, "selection")), None)
     return before + args, {**first, **parameters}
+
+
+def layered(layers: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """Options as arguments, later layers over earlier ones, and the parameters of the rule."""
+    before: list[str] = []
+    first: dict[str, Any] = {}
+    for options in layers:
+        given, of_rule = as_arguments(options)
+        before += given
+        if "selection" in options:  # another rule has other parameters
+            first = of_rule
+        elif "k" in options:
+            first.pop(_k_name(typed(before, "selection")), None)
+    return before, first
