@@ -125,7 +125,7 @@ def harvest(
         )
     windows, special = cut_windows(model.tokenizer, text, config.window)
     positions = _kept_positions(config, special, model.causal)
-    order = permutation(len(windows), config.seed, _WINDOWS)
+    order = window_order(len(windows), config.seed)
     if config.rows is not None:
         if config.rows > len(windows) * len(positions):
             raise ValueError(
@@ -159,6 +159,11 @@ def harvest(
     return ActivationSet(out)
 
 
+def window_order(n: int, seed: int) -> npt.NDArray[np.int64]:
+    """The order in which the n windows of a text are harvested; int64 [n]."""
+    return permutation(n, seed, _WINDOWS)
+
+
 def documents(path: Path) -> list[str]:
     """The documents of a .txt or .jsonl file."""
     if path.suffix not in (".txt", ".jsonl"):
@@ -185,15 +190,20 @@ def documents(path: Path) -> list[str]:
     return found
 
 
-def cut_windows(tokenizer: Any, text: Sequence[Path], window: int) -> tuple[Ids, tuple[int, int]]:
-    """All windows of the text, int32 [n, window], and how many special tokens begin and end one."""
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before a text, and those behind it."""
     plain, full = (
         tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
     )
     before = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), None)
     if not plain or before is None:
         raise ValueError(f"expected special tokens around those of the text, got {full}")
-    prefix, suffix = full[:before], full[before + len(plain) :]
+    return full[:before], full[before + len(plain) :]
+
+
+def cut_windows(tokenizer: Any, text: Sequence[Path], window: int) -> tuple[Ids, tuple[int, int]]:
+    """All windows of the text, int32 [n, window], and how many special tokens begin and end one."""
+    prefix, suffix = special_tokens(tokenizer)
     n_text = window - len(prefix) - len(suffix)
     if n_text < 1:
         raise ValueError(f"window: expected more than {window - n_text} positions, got {window}")
@@ -294,36 +304,53 @@ class _Runner:
 
     def activations(self, ids: Ids) -> tuple[Tensor, ...]:
         """(x,) or (x, gradient) of windows [n, window], each [n, window, D]."""
-        net, gradients = self.model.net, self.config.gradients
-        device = next(net.parameters()).device
-        batch = torch.from_numpy(ids).long().to(device)
-        found: list[Tensor] = []
+        c = self.config
+        options = {"gradients": c.gradients, "bf16_model": c.bf16_model}
+        return activations(self.model, self.module, ids, **options)
 
-        def keep(x: Tensor) -> Tensor:
-            if x.ndim != 3 or x.shape[:2] != batch.shape:
-                expected = f"[{len(batch)}, {batch.shape[1]}, D]"
-                name = type(self.module).__name__
-                raise ValueError(f"{name}: expected {expected}, got {list(x.shape)}")
-            found.append(x.detach().requires_grad_(gradients))
-            if not gradients:
-                raise _Reached
-            return found[-1]
 
-        try:
-            with (
-                edited(self.module, keep),
-                torch.set_grad_enabled(gradients),
-                torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16_model),
-            ):
-                options = {"use_cache": False} if self.model.causal else {}
-                output = net(input_ids=batch, **options)
-        except _Reached:
-            return (found[0],)
-        if not found:
-            raise ValueError(f"{self.model.name} does not run its {type(self.module).__name__}")
-        logits = output.logits[:, :-1].float().flatten(0, 1)
-        loss = nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
-        return found[0].detach(), torch.autograd.grad(loss, found[0])[0]
+def activations(
+    model: LanguageModel,
+    module: nn.Module,
+    ids: Ids,
+    *,
+    gradients: bool = False,
+    bf16_model: bool = False,
+) -> tuple[Tensor, ...]:
+    """What the module gives for windows [n, window]: (x,) or (x, gradient), each [n, window, D].
+
+    Without gradients the model runs no further than the module. ValueError: the module gives
+    something else, or the model does not run it.
+    """
+    device = next(model.net.parameters()).device
+    batch = torch.from_numpy(ids).long().to(device)
+    found: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        if x.ndim != 3 or x.shape[:2] != batch.shape:
+            expected = f"[{len(batch)}, {batch.shape[1]}, D]"
+            name = type(module).__name__
+            raise ValueError(f"{name}: expected {expected}, got {list(x.shape)}")
+        found.append(x.detach().requires_grad_(gradients))
+        if not gradients:
+            raise _Reached
+        return found[-1]
+
+    try:
+        with (
+            edited(module, keep),
+            torch.set_grad_enabled(gradients),
+            torch.autocast(device.type, torch.bfloat16, enabled=bf16_model),
+        ):
+            options = {"use_cache": False} if model.causal else {}
+            output = model.net(input_ids=batch, **options)
+    except _Reached:
+        return (found[0],)
+    if not found:
+        raise ValueError(f"{model.name} does not run its {type(module).__name__}")
+    logits = output.logits[:, :-1].float().flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
+    return found[0].detach(), torch.autograd.grad(loss, found[0])[0]
 
 
 def _check_same(out: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
