@@ -30,7 +30,7 @@ read with it. (On the same machine and number of threads: torch's products depen
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,14 +41,12 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.models import LanguageModel
-from fastsae.order import RowIndex, permutation
+from fastsae.order import RowIndex
 from fastsae.shards import DTYPES, LABELS
 from fastsae.sites import Site, edited, find_module
-from fastsae.windows import Ids, cut_windows
+from fastsae.windows import Ids, cut_windows, window_order
 
 Dtype = Literal["float16", "bfloat16", "float32"]
-
-_WINDOWS = 3  # what the permutation is for: see fastsae.data
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ class SiteReader:
         self.windows, special = cut_windows(model.tokenizer, text, config.window)
         self.positions = _kept_positions(config, special, model.causal)
         """Those of a window that give rows, int32."""
-        self.order = permutation(len(self.windows), config.seed, _WINDOWS)
+        self.order = window_order(len(self.windows), config.seed)
         """The numbers of all windows, in the order in which they are read."""
 
     def chosen(self, but_for: int = 0) -> RowIndex:
@@ -204,52 +202,80 @@ class SiteReader:
         return stored
 
     def _forward(self, ids: Ids, sites: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-        """One pass over windows [n, window]: x, perhaps gradient [rows, D] of each of the sites."""
-        net, gradients = self.model.net, self.config.gradients
-        device = next(net.parameters()).device
-        batch = torch.from_numpy(ids).long().to(device)
-        inputs: dict[str, Tensor] = {}  # what L is differentiated by
-        found: dict[str, dict[str, Tensor]] = {}
+        """Of windows [n, window]: x, perhaps gradient [rows, D] of each of the sites."""
+        found = activations(
+            self.model,
+            {site: self.modules[site] for site in sites},
+            ids,
+            positions=self.positions,
+            gradients=self.config.gradients,
+            bf16_model=self.config.bf16_model,
+        )
+        return {
+            site: {name: t.flatten(0, 1).cpu() for name, t in tensors.items()}
+            for site, tensors in found.items()
+        }
 
-        def rows(x: Tensor) -> Tensor:  # a copy: modules behind may write into what x is made of
-            return x.detach()[:, self.positions].flatten(0, 1).cpu()
 
-        def keep(site: str, x: Tensor) -> Tensor:
-            if site in found:
-                return x
-            if x.ndim != 3 or x.shape[:2] != batch.shape:
-                expected = f"[{len(batch)}, {batch.shape[1]}, D]"
-                name = type(self.modules[site]).__name__
-                raise ValueError(f"{name}: expected {expected}, got {list(x.shape)}")
-            found[site] = {"x": rows(x)}
-            if not gradients:
-                if len(found) == len(sites):
-                    raise _Reached
-                return x
-            # What a site gives depends on the site before it, or begins here.
-            inputs[site] = x if inputs and x.requires_grad else x.detach().requires_grad_()
-            return inputs[site]
+def activations(
+    model: LanguageModel,
+    modules: Mapping[str, nn.Module],
+    ids: Ids,
+    *,
+    positions: Ids | None = None,
+    gradients: bool = False,
+    bf16_model: bool = False,
+) -> dict[str, dict[str, Tensor]]:
+    """What modules give for windows [n, window], in one pass: for each name x, and gradient where
+    asked for, [n, positions, D] on the model's device.
 
-        with contextlib.ExitStack() as stack:
-            for site in sites:
-                keeps: Callable[[Tensor], Tensor] = partial(keep, site)
-                stack.enter_context(edited(self.modules[site], keeps))
-            stack.enter_context(torch.set_grad_enabled(gradients))
-            bf16 = self.config.bf16_model
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=bf16))
-            stack.enter_context(contextlib.suppress(_Reached))
-            output = net(input_ids=batch, **({"use_cache": False} if self.model.causal else {}))
-        for site in sites:
-            if site not in found:
-                name = type(self.modules[site]).__name__
-                raise ValueError(f"{self.model.name} does not run its {name}")
-        if gradients:
-            logits = output.logits[:, :-1].float().flatten(0, 1)
-            loss = nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
-            by = torch.autograd.grad(loss, [inputs[site] for site in sites])
-            for site, gradient in zip(sites, by, strict=True):
-                found[site]["gradient"] = rows(gradient)
-        return {site: found[site] for site in sites}
+    positions: of a window; None: all. The modules are named in the order in which they run; without
+    gradients the model runs no further than the last. ValueError: a module gives something else, or
+    the model does not run it.
+    """
+    device = next(model.net.parameters()).device
+    batch = torch.from_numpy(ids).long().to(device)
+    kept = np.arange(ids.shape[1]) if positions is None else positions
+    inputs: dict[str, Tensor] = {}  # what L is differentiated by
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def rows(x: Tensor) -> Tensor:  # a copy: modules behind may write into what x is made of
+        return x.detach()[:, torch.from_numpy(kept).to(device)]
+
+    def keep(name: str, x: Tensor) -> Tensor:
+        if name in found:
+            return x
+        if x.ndim != 3 or x.shape[:2] != batch.shape:
+            expected = f"[{len(batch)}, {batch.shape[1]}, D]"
+            kind = type(modules[name]).__name__
+            raise ValueError(f"{kind}: expected {expected}, got {list(x.shape)}")
+        found[name] = {"x": rows(x)}
+        if not gradients:
+            if len(found) == len(modules):
+                raise _Reached
+            return x
+        # What a site gives depends on the site before it, or begins here.
+        inputs[name] = x if inputs and x.requires_grad else x.detach().requires_grad_()
+        return inputs[name]
+
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            keeps: Callable[[Tensor], Tensor] = partial(keep, name)
+            stack.enter_context(edited(module, keeps))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=bf16_model))
+        stack.enter_context(contextlib.suppress(_Reached))
+        output = model.net(input_ids=batch, **({"use_cache": False} if model.causal else {}))
+    for name, module in modules.items():
+        if name not in found:
+            raise ValueError(f"{model.name} does not run its {type(module).__name__}")
+    if gradients:
+        logits = output.logits[:, :-1].float().flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
+        by = torch.autograd.grad(loss, [inputs[name] for name in modules])
+        for name, gradient in zip(modules, by, strict=True):
+            found[name]["gradient"] = rows(gradient)
+    return {name: found[name] for name in modules}
 
 
 def _kept_positions(config: HarvestConfig, special: tuple[int, int], causal: bool) -> Ids:

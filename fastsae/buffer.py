@@ -11,7 +11,7 @@ from torch import Tensor
 from fastsae.batches import Batch
 from fastsae.order import permutation
 
-_PURPOSE = 3  # of the permutations of a buffer; order.py has 1, 2, 4 and 5
+_PURPOSE = 3  # of the permutations of a buffer; order.py has 1, 2, 5 and 6
 
 
 @dataclass

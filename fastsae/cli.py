@@ -1,5 +1,5 @@
-"""The command line: ``fastsae demo | train | suite | plan | eval | report | harvest | convert |
-compare | encode | stitch | meta | bench | info``.
+"""The command line: ``fastsae demo | train | suite | plan | eval | probe | report | harvest |
+convert | compare | encode | stitch | meta | bench | info``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tyro
 
 from fastsae.commands.compare import Compare, Meta, Stitch
 from fastsae.commands.data import Encode, Harvest
-from fastsae.commands.evaluate import Eval, Report
+from fastsae.commands.evaluate import Eval, Probe, Report
 from fastsae.commands.suite import Suite
 from fastsae.commands.tools import Bench, Convert, Info
 from fastsae.commands.train import Demo, Plan, Train, with_files
@@ -24,6 +24,7 @@ Command = (
     | Annotated[Suite, tyro.conf.subcommand("suite")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Harvest, tyro.conf.subcommand("harvest")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]

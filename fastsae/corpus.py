@@ -148,38 +148,40 @@ def encode_corpus(
         "quantiles": QUANTILES,
         "shards": [min(shard_rows, source.n_rows - first) for first in firsts],
     }
-    was_training = sae.training
-    sae.eval()
-    try:
-        with alone(out, "encoding into"):
-            _check_same(out, index)
-            write_index(out, index)
-            found = LatentIndex(sae.config.d_sae, contexts)
-            with tqdm(
-                total=source.n_rows, unit=" rows", unit_scale=True, disable=not progress
-            ) as bar:
-                for number, first in enumerate(firsts):
-                    if not shard_path(out, number).exists():
-                        rows = np.arange(first, first + index["shards"][number])
-                        write_shard(shard_path(out, number), _shard(sae, source.select(rows)))
-                    found.update(read_shard(out, number, index), first)
-                    bar.update(index["shards"][number])
-            write_shard(out / "latents.safetensors", found.tensors())
-    finally:
-        sae.train(was_training)
+    with alone(out, "encoding into"):
+        _check_same(out, index)
+        write_index(out, index)
+        found = LatentIndex(sae.config.d_sae, contexts)
+        with tqdm(total=source.n_rows, unit=" rows", unit_scale=True, disable=not progress) as bar:
+            for number, first in enumerate(firsts):
+                if not shard_path(out, number).exists():
+                    rows = np.arange(first, first + index["shards"][number])
+                    codes = codes_of(sae, source.select(rows))
+                    assert codes.row_ptr is not None
+                    pairs = {"vals": codes.vals, "idx": codes.idx, "row_ptr": codes.row_ptr}
+                    write_shard(shard_path(out, number), pairs)
+                found.update(read_shard(out, number, index), first)
+                bar.update(index["shards"][number])
+        write_shard(out / "latents.safetensors", found.tensors())
     return CodeSet(out)
 
 
-def _shard(sae: SAE, source: Source) -> dict[str, Tensor]:
-    """The pairs with a value that is not 0."""
+@torch.no_grad()
+def codes_of(sae: SAE, source: Source) -> Codes:
+    """The pairs of all rows with a value that is not 0, as at inference; float32, on the CPU."""
     vals, idx, lengths = [], [], []
-    for codes in batches_of_codes(sae, [source], MAX_BATCH_PAIRS):
-        active = ((codes.idx >= 0) & (codes.vals != 0)).reshape(-1)
-        vals.append(codes.vals.reshape(-1)[active].float().cpu())
-        idx.append(codes.idx.reshape(-1)[active].cpu())
-        lengths.append(codes.l0().cpu())
+    was_training = sae.training
+    sae.eval()
+    try:
+        for codes in batches_of_codes(sae, [source], MAX_BATCH_PAIRS):
+            active = ((codes.idx >= 0) & (codes.vals != 0)).reshape(-1)
+            vals.append(codes.vals.reshape(-1)[active].float().cpu())
+            idx.append(codes.idx.reshape(-1)[active].cpu())
+            lengths.append(codes.l0().cpu())
+    finally:
+        sae.train(was_training)
     row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), *lengths]).cumsum(0)
-    return {"vals": torch.cat(vals), "idx": torch.cat(idx), "row_ptr": row_ptr}
+    return Codes(torch.cat(vals), torch.cat(idx), sae.config.d_sae, row_ptr)
 
 
 def digest(sae: SAE) -> str:

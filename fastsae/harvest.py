@@ -28,6 +28,7 @@ from tqdm import tqdm
 from fastsae.activations import HarvestConfig, SiteReader
 from fastsae.files import alone, sha256
 from fastsae.models import LanguageModel
+from fastsae.order import RowIndex
 from fastsae.shards import (
     DTYPES,
     FORMAT,

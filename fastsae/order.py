@@ -24,7 +24,7 @@ POOL_ROWS = 65536
 
 # Second word of the Philox key: what a permutation is for, so that the held-out split and the
 # batches made from one seed have nothing to do with each other.
-SHUFFLE, HOLDOUT, BLOCKS, POOL = 1, 2, 4, 5
+SHUFFLE, HOLDOUT, BLOCKS, POOL = 1, 2, 5, 6
 
 
 def permutation(

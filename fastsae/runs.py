@@ -6,8 +6,9 @@
     config.json, sae.safetensors   the SAE at the end
     metrics.json                   its figures
     report.html                    curves, histograms, what latents respond to (`fastsae.report`)
+    in_model.json, probes.json     what `fastsae eval --model` and `fastsae probe` found
 
-The last three lines appear when the training is finished.
+config.json, sae.safetensors, metrics.json and report.html appear when the training is finished.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from fastsae.sharding import Shards
 from fastsae.timing import product_seconds
 from fastsae.train import Draw, Trainer, evaluate
 
-FILES = ("run.json", "config.json", "sae.safetensors", "log.jsonl", "metrics.json", "report.html")
+FILES = (
+    *("run.json", "config.json", "sae.safetensors", "log.jsonl", "metrics.json", "report.html"),
+    *("in_model.json", "probes.json"),
+)
 FIGURE_ROWS = 1 << 20
 """Training rows, at most, that the dead share and PCA are computed on: evenly spaced ones."""
 

@@ -14,7 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastsae.order import RowIndex, permutation
+
 Ids = npt.NDArray[np.int32]
+
+_WINDOWS = 3  # what the permutation is for: see fastsae.order
 
 
 def documents(path: Path) -> list[str]:
@@ -43,15 +47,20 @@ def documents(path: Path) -> list[str]:
     return found
 
 
-def cut_windows(tokenizer: Any, text: Sequence[Path], window: int) -> tuple[Ids, tuple[int, int]]:
-    """All windows of the text, int32 [n, window], and how many special tokens begin and end one."""
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before a text, and those behind it."""
     plain, full = (
         tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
     )
     before = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), None)
     if not plain or before is None:
         raise ValueError(f"expected special tokens around those of the text, got {full}")
-    prefix, suffix = full[:before], full[before + len(plain) :]
+    return full[:before], full[before + len(plain) :]
+
+
+def cut_windows(tokenizer: Any, text: Sequence[Path], window: int) -> tuple[Ids, tuple[int, int]]:
+    """All windows of the text, int32 [n, window], and how many special tokens begin and end one."""
+    prefix, suffix = special_tokens(tokenizer)
     n_text = window - len(prefix) - len(suffix)
     if n_text < 1:
         raise ValueError(f"window: expected more than {window - n_text} positions, got {window}")
@@ -70,3 +79,8 @@ def cut_windows(tokenizer: Any, text: Sequence[Path], window: int) -> tuple[Ids,
     windows[:, len(prefix) : window - len(suffix)] = inner
     windows[:, window - len(suffix) :] = suffix
     return windows, (len(prefix), len(suffix))
+
+
+def window_order(n: int, seed: int) -> RowIndex:
+    """The order in which the n windows of a text are read; int64 [n]."""
+    return permutation(n, seed, _WINDOWS)

@@ -31,8 +31,8 @@ from fastsae.data import (
 )
 from fastsae.order import Order
 
-PINNED_BLOCKS = [19, 11, 2, 6, 9, 18, 0, 8, 12, 4, 17, 13, 16, 1, 7, 14, 10, 15, 5, 3]
-PINNED_POOL = [37, 46, 78, 40, 51, 43, 54, 155]
+PINNED_BLOCKS = [7, 3, 11, 0, 4, 15, 14, 5, 12, 6, 19, 17, 10, 16, 2, 13, 18, 9, 8, 1]
+PINNED_POOL = [171, 40, 74, 102, 173, 175, 105, 104]
 
 ROOT = Path(__file__).resolve().parent.parent
 
