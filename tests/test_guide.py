@@ -95,7 +95,7 @@ def test_the_page_on_harvesting_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(str(tmp_path / "stand_in"))
     monkeypatch.delitem(sys.modules, "transformers", raising=False)
     (tmp_path / "model").mkdir()
-    lines = (f"{i} bottles, take {i % 7} down, {i * i} on the wall." for i in range(800))
+    lines = (f"{i} bottles, take {i % 7} down, {i * i} on the wall." for i in range(400))
     (tmp_path / "text.txt").write_text(" ".join(lines))
     kinds, names, said = run_page("harvest.md")
     monkeypatch.delitem(sys.modules, "transformers")
