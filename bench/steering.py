@@ -10,8 +10,9 @@ shift is added at every position but the first, while the model reads held-out w
 book. A row has, for them:
 
     gain        mean log-probability of the concept's words together (any of them comes next), in
-                nats, over that without steering
+                nats, over that without steering, and the standard error of windows
     perplexity  of the text itself, and `ratio`, over that without steering
+    text        at one strength, how the model goes on with a prompt
     factor      what the way's own direction was multiplied with: λ, or a latent's activation
 
 The SAE may have been trained on windows of all three books; directions are not made of the third.
@@ -20,7 +21,6 @@ The SAE may have been trained on windows of all three books; directions are not 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,15 +111,33 @@ def states_in(model: LanguageModel, module: nn.Module, windows: Tensor) -> Tenso
     return torch.cat(found).flatten(0, 1)
 
 
-def measured(model: LanguageModel, windows: Tensor, words: Tensor) -> Row:
-    """Mean log-probability that one of the words is next, and perplexity, over all positions."""
-    mass = nll = 0.0
-    for part in windows.split(4):
+class Measured(NamedTuple):
+    """Of each window (n), float64: means over its positions, in nats."""
+
+    log_probability: Tensor
+    """That one of the words is next."""
+    loss: Tensor
+    """Of the text's own next token."""
+
+    def over(self, plain: Measured) -> Row:
+        """This, and what it is over that without steering; error: the standard one of windows."""
+        gain = self.log_probability - plain.log_probability
+        return {
+            "log_probability": float(self.log_probability.mean()),
+            "perplexity": float(self.loss.mean().exp()),
+            "gain": float(gain.mean()),
+            "gain_error": float(gain.std()) / len(gain) ** 0.5,
+            "ratio": float((self.loss.mean() - plain.loss.mean()).exp()),
+        }
+
+
+def measured(model: LanguageModel, windows: Tensor, words: Tensor) -> Measured:
+    mass, loss = [], []
+    for part in windows.split(2):
         found = logits(model, part)[:, :-1].log_softmax(-1)
-        mass += float(found[..., words].logsumexp(-1).double().sum())
-        nll -= float(found.gather(-1, part[:, 1:, None]).double().sum())
-    n = windows[:, 1:].numel()
-    return {"log_probability": mass / n, "perplexity": math.exp(nll / n)}
+        mass.append(found[..., words].logsumexp(-1).double().mean(1))
+        loss.append(-found.gather(-1, part[:, 1:, None])[..., 0].double().mean(1))
+    return Measured(torch.cat(mass), torch.cat(loss))
 
 
 def measure(
@@ -135,21 +153,24 @@ def measure(
     words = word_ids(model, of.words)
     plain = measured(model, windows, words)
     shared = {"bench": "steering", "concept": name, "mean_norm": norm, "tokens": windows.numel()}
-    yield {**shared, "way": "none", "strength": 0.0, "gain": 0.0, "ratio": 1.0, **plain}
+    shared["prompt"] = args.prompt
+
+    def text() -> str:
+        written = continued(model, args.prompt, 40, temperature=args.temperature)
+        return " ".join(written.split())
+
+    yield {**shared, "way": "none", "strength": 0.0, **plain.over(plain), "text": text()}
     for way, direction in ways(sae, about, other):
         for strength in args.strengths:
             factor = strength * norm / float(direction.norm())
+            row = {**shared, "way": way, "strength": strength, "factor": factor}
             with steered(module, toward(direction, factor), positions=AFTER_THE_FIRST):
-                found = measured(model, windows, words)
-                text = ""
-                if strength == args.write_at and way in ("relu, contrast", "1 latent", "means"):
-                    text = continued(model, args.prompt, 40)
-            found["gain"] = found["log_probability"] - plain["log_probability"]
-            found["ratio"] = found["perplexity"] / plain["perplexity"]
-            row = {**shared, "way": way, "strength": strength, "factor": factor, **found}
+                row |= measured(model, windows, words).over(plain)
+                if strength == args.write_at:
+                    row["text"] = text()
             print(
-                f"{name:10} {way:16} {strength:5.2f}  gain {found['gain']:6.3f} nats  "
-                f"perplexity × {found['ratio']:8.3f}  {text!r}",
+                f"{name:10} {way:16} {strength:5.2f}  gain {row['gain']:6.3f} nats  "
+                f"perplexity × {row['ratio']:8.3f}  {row.get('text', '')!r}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -163,17 +184,17 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, required=True, help="a run on harvested activations")
     parser.add_argument("--text", required=True, help="the folder that bench/corpus.py wrote")
     parser.add_argument("--concept", action="append", choices=sorted(CONCEPTS))
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.1, 0.2, 0.4, 0.8, 1.6])
-    parser.add_argument("--windows", type=int, default=16, help="of each book")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.1, 0.2, 0.4, 0.8])
+    parser.add_argument("--windows", type=int, default=10, help="of each book")
     parser.add_argument("--prompt", default="In the morning I went out and saw")
-    parser.add_argument("--write-at", type=float, default=0.4, help="the strength of the texts")
+    parser.add_argument("--write-at", type=float, default=0.2, help="the strength of the texts")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the texts; seed 0")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/fastsae"))
     add_outputs(parser)
     args = parser.parse_args()
     sae, index = runs.sae_of(args.sae), runs.harvested(args.sae)
     model = load_model(index["model"], args.cache.expanduser())
     module = find_module(model.net, index["site"], index["layer"])
-    print(f"prompt {args.prompt!r}\nplain  {continued(model, args.prompt, 40)!r}", file=sys.stderr)
     where = {"model": index["model"], "layer": index["layer"], "site": index["site"]}
     where |= {"d_sae": sae.config.d_sae, "selection": str(sae.config.selection)}
     rows: list[Row] = []

@@ -10,7 +10,7 @@ from svg import curves
 from tables import measured_on, results, table
 
 OF = "smollm2-l11"
-SHOWN = (0.2, 0.4, 0.8)
+SHOWN = (0.1, 0.2, 0.4)
 
 
 def rows_of_ways() -> dict[str, list[Row]]:
@@ -33,6 +33,16 @@ def steering_table() -> str:
 
 def _ratio(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
+
+
+def texts_table() -> str:
+    """How the model goes on with the prompt, for each way that has a text."""
+    lines = []
+    for row in results("steering", OF):
+        if "text" in row and row["way"] != "random":
+            name = WAYS.get(row["way"], "without steering")
+            lines.append([row["concept"], name, row["text"].replace("|", "\\|")])
+    return table(["", "", "the prompt goes on"], lines)
 
 
 def steering_figure() -> str:
@@ -67,6 +77,7 @@ def lora_table() -> str:
 
 TABLES = {
     "steering": steering_table,
+    "texts of steering": texts_table,
     "lora": lora_table,
     "machine of steering": lambda: measured_on(results("steering", OF)),
     "machine of lora": lambda: measured_on(results("lora", OF)),

@@ -10,6 +10,7 @@ import torch
 from test_steer_command import D, model
 
 from fastsae import SAE, SAEConfig, TopK
+from fastsae.generation import continued
 from fastsae.sites import find_module
 from fastsae.steering import steered, toward
 
@@ -27,13 +28,22 @@ def test_gain_and_perplexity_by_hand() -> None:
     tiny = model()
     windows = torch.randint(0, 256, (5, 9), generator=torch.Generator().manual_seed(0))
     words = torch.tensor([3, 200])
-    found = steering.measured(tiny, windows, words)
+    plain = steering.measured(tiny, windows, words)
     with torch.no_grad():
+        tiny.net.head.bias += torch.randn(258, generator=torch.Generator().manual_seed(1))
         p = tiny.net(windows, use_cache=False).logits[:, :-1].double().softmax(-1)
+    found = steering.measured(tiny, windows, words)
+    row = found.over(plain)
     text = p.gather(-1, windows[:, 1:, None])
-    assert found["perplexity"] == pytest.approx(float(text.log().mean().neg().exp()), rel=1e-5)
-    mass = float((p[..., 3] + p[..., 200]).log().mean())
-    assert found["log_probability"] == pytest.approx(mass, rel=1e-5)
+    assert row["perplexity"] == pytest.approx(float(text.log().mean().neg().exp()), rel=1e-5)
+    mass = (p[..., 3] + p[..., 200]).log().mean(1)
+    assert row["log_probability"] == pytest.approx(float(mass.mean()), rel=1e-5)
+    gain = mass - plain.log_probability
+    assert row["gain"] == pytest.approx(float(gain.mean()), abs=1e-5)
+    assert row["gain_error"] == pytest.approx(float(gain.std() / 5**0.5), abs=1e-5)
+    before = plain.over(plain)
+    assert before["gain"] == before["gain_error"] == 0 and before["ratio"] == 1
+    assert row["ratio"] == pytest.approx(row["perplexity"] / before["perplexity"])
 
 
 def test_every_way_moves_the_states_equally_far(
@@ -50,9 +60,12 @@ def test_every_way_moves_the_states_equally_far(
     monkeypatch.setitem(steering.CONCEPTS, "sea", concept)
     sae = SAE(SAEConfig(D, 32, TopK(3)), seed=1).eval()
     args = Namespace(text=tmp_path, windows=3, strengths=[0.0, 0.5], write_at=0.5, prompt="a")
+    args.temperature = 0.0
     rows = list(steering.measure(tiny, module, sae, "sea", args))
     assert [row["way"] for row in rows[1::2]] == list(steering.WAYS)
     assert all(row["gain"] == 0 and row["ratio"] == 1 for row in rows if row["strength"] == 0)
+    assert rows[0]["text"] == " ".join(continued(tiny, "a", 40).split())
+    assert all(("text" in row) == (row["strength"] == 0.5) for row in rows[1:])
 
     windows = steering.windows_of(tiny, tmp_path / "austen.jsonl", 3)
     about, other = (
@@ -66,11 +79,9 @@ def test_every_way_moves_the_states_equally_far(
     with steered(module, toward(shift), positions=slice(1, None)):
         expected = steering.measured(tiny, windows, torch.tensor([119, 104]))
     (row,) = (row for row in rows if row["way"] == "means" and row["strength"] == 0.5)
-    assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
-    assert row["gain"] == pytest.approx(
-        expected["log_probability"] - rows[0]["log_probability"], abs=1e-4
-    )
-    assert row["ratio"] == row["perplexity"] / rows[0]["perplexity"]
+    assert row["perplexity"] == pytest.approx(float(expected.loss.mean().exp()), rel=1e-4)
+    moved = float(expected.log_probability.mean()) - rows[0]["log_probability"]
+    assert row["gain"] == pytest.approx(moved, abs=1e-4) and moved != 0
     assert math.isfinite(row["factor"]) and row["mean_norm"] == pytest.approx(float(norm))
     with pytest.raises(ValueError, match="words: expected one token each, got 5 for 'whale'"):
         steering.word_ids(tiny, ("whale",))
@@ -83,15 +94,24 @@ def test_tables_follow_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     import steering_tables
 
     rows = [
-        {"concept": concept, "way": way, "strength": s, "gain": 2 * s + i, "ratio": 1 + s}
+        {
+            "concept": concept,
+            "way": way,
+            "strength": s,
+            "gain": 2 * s + i,
+            "ratio": 1 + s,
+            "text": "a|b",
+        }
         for concept in ("sea", "law")
         for i, way in enumerate(steering.WAYS)
         for s in (0.1, 0.2, 0.4, 0.8)
     ]
     monkeypatch.setattr(steering_tables, "results", lambda part, of: rows)
     head, _, first, *_ = steering_tables.steering_table().splitlines()
-    assert head == "| | sea, 0.2 | sea, 0.4 | sea, 0.8 | law, 0.2 | law, 0.4 | law, 0.8 |"
-    assert first.startswith("| ReLU form (eq. 5) | +0.40 (×1.20) | +0.80 (×1.40) | +1.60 (×1.80) |")
+    assert head == "| | sea, 0.1 | sea, 0.2 | sea, 0.4 | law, 0.1 | law, 0.2 | law, 0.4 |"
+    assert first.startswith("| ReLU form (eq. 5) | +0.20 (×1.10) | +0.40 (×1.20) | +0.80 (×1.40) |")
+    texts = steering_tables.texts_table().splitlines()
+    assert texts[2] == "| sea | ReLU form (eq. 5) | a\\|b |" and len(texts) == 2 + 2 * 6 * 4
     drawn = steering_tables.steering_figure()
     assert drawn.count('fill="none"') == len(steering.WAYS)
     assert all(
