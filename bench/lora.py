@@ -12,7 +12,8 @@ tokens). Neither the SAE nor the model changes.
 
 A row says what held-out windows cost after so many training tokens: cross-entropy of the model,
 of the spliced model, their difference (the gap), and KL, all in nats a token. Held-out windows are
-the last in the harvest's order of windows, which a harvest that stopped before them has not read.
+the last in the harvest's order of windows, those before them are trained on: neither was read by a
+harvest that stopped before (--text names the same files, in the same order).
 """
 
 from __future__ import annotations
@@ -95,12 +96,13 @@ def adapted(net: nn.Module, layer: int, rank: int, alpha: float, dropout: float)
 
 
 def training(
-    net: Any, module: nn.Module, sae: SAE, windows: Tensor, lr: float
+    net: Any, module: nn.Module, sae: SAE, windows: Tensor, batch: int, lr: float
 ) -> Iterator[tuple[int, float]]:
-    """(tokens so far, loss) after each step on a window."""
+    """(tokens so far, loss) after each step on a batch of windows."""
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr)
-    for step, ids in enumerate(windows.split(1), 1):
+    tokens = 0
+    for ids in windows.split(batch):
         net.train()
         with torch.no_grad(), net.disable_adapter():
             base = log_probabilities(net, ids)
@@ -109,19 +111,21 @@ def training(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        yield step * ids.numel(), loss.item()
+        tokens += ids.numel()
+        yield tokens, loss.item()
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     sae, index = runs.sae_of(args.sae).eval().requires_grad_(False), runs.harvested(args.sae)
     model = load_model(index["model"], args.cache.expanduser())
     module = find_module(model.net, index["site"], index["layer"])
-    windows, _ = cut_windows(model.tokenizer, args.text, args.window)
-    order = window_order(len(windows), index["seed"])[-args.held_out - args.steps :]
-    if len(order) < args.held_out + args.steps:
-        raise ValueError(f"text: expected {args.held_out + args.steps} windows, got {len(order)}")
+    windows, _ = cut_windows(model.tokenizer, args.text, index["window"])
+    n_train = args.steps * args.batch
+    order = window_order(len(windows), index["seed"])[-args.held_out - n_train :]
+    if len(order) < args.held_out + n_train:
+        raise ValueError(f"text: expected {args.held_out + n_train} windows, got {len(order)}")
     ids = torch.from_numpy(windows[order]).long()
-    train, holdout = ids.split([args.steps, args.held_out])
+    train, holdout = ids.split([n_train, args.held_out])
     torch.manual_seed(0)
     net = adapted(model.net, index["layer"], args.rank, args.alpha, args.dropout)
     shared = {
@@ -137,7 +141,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     }
     yield {**shared, "tokens": 0, "seconds": 0.0, **figures(net, module, sae, holdout)}
     seconds, begin, losses = 0.0, time.perf_counter(), []
-    for tokens, loss in training(net, module, sae, train, args.lr):
+    for tokens, loss in training(net, module, sae, train, args.batch, args.lr):
         losses.append(loss)
         if len(losses) % args.every == 0 or len(losses) == args.steps:
             seconds += time.perf_counter() - begin
@@ -153,10 +157,10 @@ def main() -> None:
     )
     parser.add_argument("--sae", type=Path, required=True, help="a run on harvested activations")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=80, help="of one window")
-    parser.add_argument("--every", type=int, default=40, help="steps between evaluations")
-    parser.add_argument("--held-out", type=int, default=16, help="windows")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=2, help="windows a step, as long as harvested")
+    parser.add_argument("--every", type=int, default=30, help="steps between evaluations")
+    parser.add_argument("--held-out", type=int, default=24, help="windows")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--alpha", type=float, default=32)
     parser.add_argument("--dropout", type=float, default=0.1)

@@ -48,7 +48,7 @@ def test_adapters_behind_the_sae_learn_and_nothing_else_changes(model: LanguageM
     assert blocks == set(range(LAYER, 30))  # counted from 0: those behind block 27, from 1
     first = figures(net, module, sae, ids)
     torch.testing.assert_close(first["kl"], float(expected), rtol=1e-3, atol=1e-5)
-    losses = [loss for _, loss in training(net, module, sae, ids.expand(12, -1), lr=3e-3)]
+    losses = [loss for _, loss in training(net, module, sae, ids.expand(12, -1), 1, lr=3e-3)]
     last = figures(net, module, sae, ids)
     assert last["kl"] < 0.7 * first["kl"] and losses[-1] < losses[0]
     assert last["ce_model"] == pytest.approx(first["ce_model"], abs=1e-6)
