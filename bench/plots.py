@@ -1,4 +1,4 @@
-"""Makes the tables of README.md and docs/benchmarks.md and the figures from bench/results/.
+"""Makes the tables of README.md and pages of docs/ and the figures from bench/results/.
 
     python bench/plots.py             rewrites them
     python bench/plots.py --check     fails where a file is not what the rows say
@@ -14,11 +14,21 @@ import sys
 from pathlib import Path
 
 from rows import Row
+from steering_tables import TABLES as STEERING_TABLES
+from steering_tables import steering_figure
 from svg import COLOURS, Bar, bars, curves
-from tables import TABLES, label_of, results, shape_of, short
+from tables import TABLES as STEP_TABLES
+from tables import label_of, results, shape_of, short
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/benchmarks.md", "docs/wide.md"))
+TABLES = STEP_TABLES | STEERING_TABLES
+PAGES = tuple(
+    ROOT / page
+    for page in (
+        "README.md",
+        *(f"docs/{name}.md" for name in ("benchmarks", "wide", "steering", "lora")),
+    )
+)
 FIGURES = ROOT / "docs" / "figures"
 MARKED = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -116,8 +126,13 @@ FIGURE = {
     "quality": quality_figure,
     "scaling": scaling_figure,
     "width": width_figure,
+    "steering": steering_figure,
 }
-MADE_OF = {"step": ("peers",), "width": ("width", "minilm-l3")}
+MADE_OF = {
+    "step": ("peers",),
+    "width": ("width", "minilm-l3"),
+    "steering": ("steering", "smollm2-l11"),
+}
 """Which rows a figure needs, where these have another name."""
 
 

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from fastsae.models import LanguageModel
 from fastsae.order import RowIndex
 from fastsae.shards import DTYPES, LABELS
-from fastsae.sites import Site, edited, find_module
+from fastsae.sites import Reached, Site, edited, find_module
 from fastsae.windows import Ids, cut_windows, window_order
 
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -107,10 +107,6 @@ class HarvestConfig:
 
 def _all(given: Any) -> tuple[Any, ...]:
     return given if isinstance(given, tuple) else (given,)
-
-
-class _Reached(Exception):
-    """Ends a forward pass behind the last module that was wanted."""
 
 
 class SiteReader:
@@ -252,7 +248,7 @@ def activations(
         found[name] = {"x": rows(x)}
         if not gradients:
             if len(found) == len(modules):
-                raise _Reached
+                raise Reached
             return x
         # What a site gives depends on the site before it, or begins here.
         inputs[name] = x if inputs and x.requires_grad else x.detach().requires_grad_()
@@ -264,7 +260,7 @@ def activations(
             stack.enter_context(edited(module, keeps))
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=bf16_model))
-        stack.enter_context(contextlib.suppress(_Reached))
+        stack.enter_context(contextlib.suppress(Reached))
         output = model.net(input_ids=batch, **({"use_cache": False} if model.causal else {}))
     for name, module in modules.items():
         if name not in found:

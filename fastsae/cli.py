@@ -1,5 +1,5 @@
 """The command line: ``fastsae demo | train | suite | plan | eval | probe | report | harvest |
-convert | compare | encode | stitch | meta | bench | info``.
+convert | compare | encode | stitch | meta | steer | bench | info``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tyro
 from fastsae.commands.compare import Compare, Meta, Stitch
 from fastsae.commands.data import Encode, Harvest
 from fastsae.commands.evaluate import Eval, Probe, Report
+from fastsae.commands.steer import Steer
 from fastsae.commands.suite import Suite
 from fastsae.commands.tools import Bench, Convert, Info
 from fastsae.commands.train import Demo, Plan, Train, with_files
@@ -32,6 +33,7 @@ Command = (
     | Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Stitch, tyro.conf.subcommand("stitch")]
     | Annotated[Meta, tyro.conf.subcommand("meta")]
+    | Annotated[Steer, tyro.conf.subcommand("steer")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )

@@ -35,6 +35,8 @@ def find_module(net: nn.Module, site: Site, layer: int) -> nn.Module:
             f"found in {type(net).__name__}: {found}"
         )
     (blocks,) = lists.values()
+    if layer < 1:
+        raise ValueError(f"layer: expected at least 1, got {layer}")
     if layer > len(blocks):
         raise ValueError(f"layer: expected at most {len(blocks)}, got {layer}")
     block = blocks[layer - 1]
@@ -75,3 +77,25 @@ def edited(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[No
         yield
     finally:
         handle.remove()
+
+
+class Reached(Exception):
+    """Ends a forward pass behind the module that was wanted."""
+
+
+def output_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """What the module returns within run(), or the first part of a tuple; the rest is not run.
+
+    ValueError: run() does not run the module.
+    """
+    found: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        found.append(x)
+        raise Reached
+
+    with edited(module, keep), contextlib.suppress(Reached):
+        run()
+    if not found:
+        raise ValueError(f"expected a model that runs its {type(module).__name__}, got none")
+    return found[0]

@@ -1,4 +1,5 @@
-"""Each file here needs one library, and runs where that is installed (`make test-integrations`).
+"""Each file here needs one library, and runs where that is installed (`make test-integrations`,
+`make test-steering`).
 
 test_<library>.py and test_<library>_<what>.py run in the library's own environment alone, since
 their pins disagree. Named there, a file whose library is missing fails: no test is collected.
@@ -7,7 +8,7 @@ their pins disagree. Named there, a file whose library is missing fails: no test
 import importlib.util
 from pathlib import Path
 
-LIBRARIES = ("sae_lens", "dictionary_learning", "sparsify")
+LIBRARIES = ("sae_lens", "dictionary_learning", "sparsify", "diffusers", "peft")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
