@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +37,24 @@ class Contexts:
     """Texts of ids, for display: a space at the start begins a word. Empty: not known."""
 
     def piece(self, token: int) -> str:
-        """The text of an id; the id itself where the vocabulary is empty or has no such id."""
-        return self.vocabulary.get(token, f" {token}")
+        """`text_of` an id."""
+        return text_of(self.vocabulary, token)
+
+
+def text_of(vocabulary: Mapping[int, str], token: int) -> str:
+    """The text of an id; the id itself where the vocabulary is empty or has no such id."""
+    return vocabulary.get(token, f" {token}")
+
+
+def vocabulary_of(tokenizer: Any) -> dict[int, str]:
+    """The texts of all ids of a tokenizer, as they read behind another token.
+
+    tokenizer: one of transformers, as in `LanguageModel`.
+    """
+    (first, *_) = tokenizer("a", add_special_tokens=False)["input_ids"]
+    before = tokenizer.decode([first])
+    ids = range(len(tokenizer))
+    return {i: tokenizer.decode([first, i]).removeprefix(before) for i in ids}
 
 
 def sample_contexts(ctx: npt.NDArray[np.uint16], vocabulary: Path) -> Contexts:

@@ -99,6 +99,20 @@ class CodeSet:
         for number, first in enumerate(self.starts[:-1].tolist()):
             yield first, read_shard(self.folder, number, self.index)
 
+    def means(self) -> Tensor:
+        """(F) float64: the mean |value| where a latent is active, 0 if never. Reads all shards."""
+        sums = torch.zeros(self.n_latents, dtype=torch.float64)
+        for _, codes in self.shards():
+            sizes = codes.vals.abs().double()
+            sums += codes.idx.bincount(weights=sizes, minlength=self.n_latents)
+        return sums / self.counts.clamp(min=1)
+
+    def check(self, sae: SAE, source: Source) -> None:
+        """ValueError: it holds codes of another SAE, or of other rows."""
+        for name, expected in json.loads(json.dumps(_origin(sae, source))).items():
+            if self.index.get(name) != expected:
+                raise ValueError(f"{self.folder}: expected codes of the same {name}, got another's")
+
 
 def read_shard(folder: Path, number: int, index: dict[str, Any]) -> Codes:
     """The codes of a shard. ValueError: it is not what the index says."""
@@ -141,8 +155,7 @@ def encode_corpus(
     index: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "sae": {"config": sae.config.to_dict(), "weights": digest(sae)},
-        "data": source.identity(),
+        **_origin(sae, source),
         "d_sae": sae.config.d_sae,
         "contexts": contexts,
         "quantiles": QUANTILES,
@@ -180,6 +193,12 @@ def _shard(sae: SAE, source: Source) -> dict[str, Tensor]:
         lengths.append(codes.l0().cpu())
     row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), *lengths]).cumsum(0)
     return {"vals": torch.cat(vals), "idx": torch.cat(idx), "row_ptr": row_ptr}
+
+
+def _origin(sae: SAE, source: Source) -> dict[str, Any]:
+    """What a set says of where its codes come from."""
+    weights = {"config": sae.config.to_dict(), "weights": digest(sae)}
+    return {"sae": weights, "data": source.identity()}
 
 
 def digest(sae: SAE) -> str:

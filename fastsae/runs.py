@@ -7,7 +7,8 @@
     metrics.json                   its figures
     report.html                    curves, histograms, what latents respond to (`fastsae.report`)
 
-The last three lines appear when the training is finished.
+These three lines appear when the training is finished. The report also shows in_model.json and
+consistency.json, of `fastsae eval --model` and `fastsae compare --out`, where they are there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,16 @@ from fastsae.sharding import Shards
 from fastsae.timing import product_seconds
 from fastsae.train import Trainer, evaluate
 
-FILES = ("run.json", "config.json", "sae.safetensors", "log.jsonl", "metrics.json", "report.html")
+FILES = (
+    "run.json",
+    "config.json",
+    "sae.safetensors",
+    "log.jsonl",
+    "metrics.json",
+    "in_model.json",
+    "consistency.json",
+    "report.html",
+)
 FIGURE_ROWS = 1 << 20
 """Training rows, at most, that the dead share and PCA are computed on: evenly spaced ones."""
 
@@ -206,7 +216,18 @@ def held_out(run: Path, gradients: bool = False) -> Source:
     return rows
 
 
+def data_of(run: Path) -> Source:
+    """All rows of a run's data, without a target. ValueError: run.json does not name them."""
+    return open_source(_checked_options(run)["data"])
+
+
 def _split_of(run: Path, gradients: bool) -> tuple[Source, Source]:
+    options = _checked_options(run)
+    whole = open_source(options["data"], options["target"], gradients=gradients)
+    return split(whole, options["holdout"])
+
+
+def _checked_options(run: Path) -> dict[str, Any]:
     options = options_of(run)
     for name, kinds in (("data", (str,)), ("target", (str, type(None))), ("holdout", (int,))):
         if not isinstance(options.get(name), kinds):
@@ -214,8 +235,7 @@ def _split_of(run: Path, gradients: bool) -> tuple[Source, Source]:
             raise ValueError(
                 f"{run / 'run.json'}: {name}: expected it as train wrote it, got {got}"
             )
-    whole = open_source(options["data"], options["target"], gradients=gradients)
-    return split(whole, options["holdout"])
+    return options
 
 
 def print_figures(figures: dict[str, Any], out: Path) -> None:
