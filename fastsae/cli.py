@@ -1,5 +1,5 @@
 """The command line: ``fastsae demo | train | plan | eval | report | harvest | convert | compare |
-encode | stitch | meta | bench | info``.
+encode | pages | stitch | meta | bench | info``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tyro
 from fastsae.commands.compare import Compare, Meta, Stitch
 from fastsae.commands.data import Encode, Harvest
 from fastsae.commands.evaluate import Eval, Report
+from fastsae.commands.pages import Pages
 from fastsae.commands.tools import Bench, Convert, Info
 from fastsae.commands.train import Demo, Plan, Train, with_files
 
@@ -27,6 +28,7 @@ Command = (
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Encode, tyro.conf.subcommand("encode")]
+    | Annotated[Pages, tyro.conf.subcommand("pages")]
     | Annotated[Stitch, tyro.conf.subcommand("stitch")]
     | Annotated[Meta, tyro.conf.subcommand("meta")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
