@@ -35,6 +35,8 @@ class Contexts:
     is in the middle, PAD stands where there is none."""
     vocabulary: Mapping[int, str] = field(default_factory=dict)
     """Texts of ids, for display: a space at the start begins a word. Empty: not known."""
+    adjacent: bool = False
+    """Whether tokens beside a row's own are those of the rows beside it in the data."""
 
     def piece(self, token: int) -> str:
         """`text_of` an id."""
@@ -85,4 +87,4 @@ def set_contexts(stored: ActivationSet) -> Contexts:
         same_text = (window == window[:, own]) & (position - position[:, own] == offsets)
         return np.where(same_text & (wanted == numbers), label("token"), PAD)
 
-    return Contexts(ids)
+    return Contexts(ids, adjacent=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from fastsae.codes import Codes
 from fastsae.data import Source
 from fastsae.files import alone, read_json
-from fastsae.latent_index import QUANTILES, LatentIndex
+from fastsae.latent_index import QUANTILES, Ids, LatentIndex
 from fastsae.sae import SAE
 from fastsae.shards import shard_path, write_index, write_shard
 from fastsae.tensors import read_tensors
@@ -106,6 +107,23 @@ class CodeSet:
             sizes = codes.vals.abs().double()
             sums += codes.idx.bincount(weights=sizes, minlength=self.n_latents)
         return sums / self.counts.clamp(min=1)
+
+    def at(self, rows: Ids, latents: Ids) -> npt.NDArray[np.float32]:
+        """The activations of pairs [m], 0 where there is none; rows beyond the set have none."""
+        found = np.zeros(len(rows), np.float32)
+        order = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows[order], self.starts)
+        for number in np.flatnonzero(np.diff(bounds)).tolist():
+            codes, here = read_shard(self.folder, number, self.index), order[bounds[number] :]
+            here = here[: bounds[number + 1] - bounds[number]]
+            local = torch.from_numpy(rows[here] - self.starts[number])
+            assert codes.row_ptr is not None
+            begins, n = codes.row_ptr[local].numpy(), codes.row_ptr.diff()[local].numpy()
+            entries = np.arange(n.sum()) + (begins - n.cumsum() + n).repeat(n)
+            pairs = here.repeat(n)
+            hit = codes.idx.numpy()[entries] == latents[pairs]
+            found[pairs[hit]] = codes.vals.numpy()[entries[hit]]
+        return found
 
     def check(self, sae: SAE, source: Source) -> None:
         """ValueError: it holds codes of another SAE, or of other rows."""

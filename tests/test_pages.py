@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_data import write_set
 from test_report import HOSTILE, Page, assert_self_contained, rows, tiny_sae
 from test_report import with_tokens as with_tokens_of
 from torch import Tensor, nn
@@ -155,6 +156,40 @@ def test_chunks_change_nothing_and_bound_what_is_held(
     first = next(found)
     assert asked == [7]  # only as far as latents are asked for
     assert [first, *found] == whole and asked == [7, 7, 7, 3]
+
+
+def test_contexts_show_what_the_latent_does_on_the_tokens_around(tmp_path: Path) -> None:
+    """Of data whose rows lie in the order of the text; not beyond a window's ends."""
+    write_set(tmp_path / "set", [30, 11], d=6)  # windows of 4 rows, tokens count from 0
+    source, sae = open_source(tmp_path / "set"), tiny_sae()
+    codes = encode_corpus(sae, source, tmp_path / "codes", shard_rows=16)
+    dense = sae.encode(source.rows(np.arange(41)), training=False).to_dense().detach().numpy()
+    found = list(facts.facts(sae, codes, source, contexts=5))
+    for f in found:
+        for c in f.contexts:
+            window = range(c.row // 4 * 4, min(c.row // 4 * 4 + 4, 41))
+            around = {r - c.row: dense[r, f.latent] for r in window if r != c.row}
+            assert c.active == tuple((at, pytest.approx(v)) for at, v in around.items() if v)
+    assert sum(len(c.active) for f in found for c in f.contexts) > 20
+    assert all(
+        not c.active
+        for f in facts.facts(sae, codes, source.select(np.arange(41)))
+        for c in f.contexts
+    )  # rows whose order is another's
+
+    path = write_pages(tmp_path / "pages", "run", sae, codes, source, contexts=5)
+    shown = cards_in((path.parent / "latents-00000.html").read_text())
+    for f in latents_in(path.parent):
+        expected = []
+        for c in f["contexts"]:
+            marks = {**dict(c["active"]), 0: c["value"]}
+            tokens = [*c["before"], c["token"], *c["after"]]
+            for at in sorted(marks):
+                share = abs(marks[at]) / abs(f["largest"])
+                token = cards.token_name(tokens[len(c["before"]) + at])
+                expected.append((f"{share:.2f}", token))
+        marks = texts(r'<mark style="--heat:([\d.]+)">(.*?)</mark>', shown[f["latent"]])
+        assert marks == expected
 
 
 def test_numbers_read_back_as_the_same_float32() -> None:

@@ -21,6 +21,9 @@ class Example:
     token: str | None = None
     """Text of the row's own token; None where the data carries no tokens."""
     after: tuple[str, ...] = ()
+    active: tuple[tuple[int, float], ...] = ()
+    """Where else in this text the latent is active, as far as known: how many tokens after the
+    row's own, below 0 before it, and the activation there."""
 
 
 def examples(source: Source, rows: RowIndex, values: Sequence[float]) -> list[Example]:
@@ -33,7 +36,9 @@ def examples(source: Source, rows: RowIndex, values: Sequence[float]) -> list[Ex
     for row, value, ids in zip(
         numbers, values, source.token_ids(rows, REACH).tolist(), strict=True
     ):
-        pieces = ["" if token == PAD else piece(token) for token in ids]
-        before, after = (tuple(filter(None, p)) for p in (pieces[:REACH], pieces[REACH + 1 :]))
-        found.append(Example(row, value, before, pieces[REACH], after))
+        before, after = (
+            tuple(piece(token) for token in some if token != PAD)
+            for some in (ids[:REACH], ids[REACH + 1 :])
+        )
+        found.append(Example(row, value, before, piece(ids[REACH]), after))
     return found

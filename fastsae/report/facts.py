@@ -8,15 +8,15 @@ a model's unembedding (effects)  ────┘
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from fastsae.contexts import text_of
+from fastsae.contexts import REACH, text_of
 from fastsae.corpus import CodeSet
 from fastsae.data import Source
 from fastsae.logits import Effects, logit_effects
@@ -117,7 +117,10 @@ def _of_rows(
     kept = rows >= 0
     some = kept.copy()
     some[:, n_shown:] = False
-    found = iter(examples(source, rows[some], exact(values[some])))
+    listed = examples(source, rows[some], exact(values[some]))
+    if source.contexts is not None and source.contexts.adjacent and source.index is None:
+        listed = _with_neighbours(codes, listed, ids.repeat(some.sum(1)))
+    found = iter(listed)
     shown = [tuple(next(found) for _ in range(n)) for n in some.sum(1).tolist()]
     if source.contexts is None:
         return shown, [()] * len(ids)
@@ -128,6 +131,23 @@ def _of_rows(
         most = Counter(next(own) for _ in range(n)).most_common(TOKENS)
         tokens.append(tuple((source.contexts.piece(token), number) for token, number in most))
     return shown, tokens
+
+
+def _with_neighbours(
+    codes: CodeSet, listed: Sequence[Example], latents: npt.NDArray[np.int64]
+) -> list[Example]:
+    """Examples of latents [m], with what these do on the tokens around."""
+    places = np.array([*range(-REACH, 0), *range(1, REACH + 1)])
+    rows = np.array([example.row for example in listed], np.int64)[:, None] + places
+    values = codes.at(rows.reshape(-1), latents.repeat(len(places))).reshape(rows.shape)
+    found = []
+    for example, here in zip(listed, values, strict=True):
+        there = here.nonzero()[0]
+        active = zip(places[there].tolist(), exact(here[there]), strict=True)
+        n_before, n_after = len(example.before), len(example.after)
+        kept = tuple((at, value) for at, value in active if -n_before <= at <= n_after)
+        found.append(replace(example, active=kept) if kept else example)
+    return found
 
 
 def _effects(found: Effects, i: int, words: Mapping[int, str]) -> tuple[Effect, ...]:

@@ -206,26 +206,35 @@ def _card(latent: Latent, portrait: Portrait) -> str:
 def example_list(examples: Sequence[Example]) -> str:
     """The rows as a list; a mark is as strong as its activation beside the largest."""
     largest = max((abs(example.value) for example in examples), default=1.0)
-    lines = (_line(example, abs(example.value) / largest) for example in examples)
+    lines = (_line(example, largest) for example in examples)
     return f"<ol>\n{''.join(lines)}</ol>\n"
 
 
-def _line(example: Example, heat: float) -> str:
+def _line(example: Example, largest: float) -> str:
     value = f'<span class="act">{esc(activation(example.value))}</span>'
     if example.token is None:
         return f'<li class="row"><span>row {example.row:,}</span>{value}</li>\n'
-    before = "".join(_text(piece) for piece in example.before).lstrip()
-    after = "".join(_text(piece) for piece in example.after)
+    heat = {at: abs(size) / largest for at, size in example.active}
+    first = -len(example.before)
+    before = [_text(piece, heat.get(at, 0)) for at, piece in enumerate(example.before, first)]
+    after = [_text(piece, heat.get(at, 0)) for at, piece in enumerate(example.after, 1)]
     space = " " if example.token.startswith(" ") and before else ""
+    mark = _marked(token_name(example.token), abs(example.value) / largest)
     return (
-        f'<li><span class="text"><span class="before"><span>{before}{space}</span></span>'
-        f'<mark style="--heat:{heat:.2f}">{esc(token_name(example.token))}</mark>'
-        f'<span class="after"><span>{after}</span></span></span>{value}</li>\n'
+        f'<li><span class="text"><span class="before"><span>{"".join(before).lstrip()}{space}'
+        f'</span></span>{mark}<span class="after"><span>{"".join(after)}</span></span></span>'
+        f"{value}</li>\n"
     )
 
 
-def _text(piece: str) -> str:
+def _text(piece: str, heat: float) -> str:
+    if heat:
+        return (" " if piece.startswith(" ") else "") + _marked(token_name(piece), heat)
     return esc(cut(piece.replace("\n", "↵"), _PIECE))
+
+
+def _marked(text: str, heat: float) -> str:
+    return f'<mark style="--heat:{heat:.2f}">{esc(text)}</mark>'
 
 
 def token_name(piece: str) -> str:

@@ -45,7 +45,7 @@ def in_model_content(figures: Mapping[str, Any]) -> tuple[str, str]:
     names = [name for name in IN_MODEL if name in found]
     names += [name for name in found if name not in IN_MODEL][:_FIGURES]
     rows = [(name, _figure(found[name]), IN_MODEL.get(name, "")) for name in names]
-    about = "The SAE spliced into the model it was made for; from in_model.json."
+    about = "The SAE spliced into its language model; from in_model.json."
     return about, _table("meanings", ("figure", "value", "what it is"), rows)
 
 
@@ -57,8 +57,9 @@ def consistency_content(figures: Mapping[str, Any]) -> tuple[str, str]:
     pairs = [pair for pair in _list(figures.get("pairs")) if isinstance(pair, dict)]
     tiles = []
     if "pw_mcc" in figures:
-        deviation = short(number(figures.get("deviation")))
-        remark = f"mean cosine of matched decoder rows, ± {deviation} over {len(pairs)} pairs"
+        remark = "mean cosine of matched decoder rows"
+        if len(pairs) > 1:
+            remark += f", ± {short(number(figures.get('deviation')))} over {len(pairs)} pairs"
         tiles.append(tile("PW-MCC", short(number(figures["pw_mcc"])), remark))
     for name, value in zip(names, _list(figures.get("gt_mcc"))[:_PAIRS], strict=False):
         tiles.append(tile("GT-MCC", short(number(value)), f"with the true directions: {name}"))
