@@ -116,7 +116,9 @@ def training(
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
-    sae, index = runs.sae_of(args.sae).eval().requires_grad_(False), runs.harvested(args.sae)
+    sae, index = runs.sae_of(args.sae).eval().requires_grad_(False), runs.harvest_of(args.sae)
+    if index is None:
+        raise SystemExit(f"expected a run on a set of fastsae harvest, got {args.sae}")
     model = load_model(index["model"], args.cache.expanduser())
     module = find_module(model.net, index["site"], index["layer"])
     windows, _ = cut_windows(model.tokenizer, args.text, index["window"])

@@ -192,7 +192,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/fastsae"))
     add_outputs(parser)
     args = parser.parse_args()
-    sae, index = runs.sae_of(args.sae), runs.harvested(args.sae)
+    sae, index = runs.sae_of(args.sae), runs.harvest_of(args.sae)
+    if index is None:
+        parser.error(f"SAE: expected a run on a set of fastsae harvest, got {args.sae}")
     model = load_model(index["model"], args.cache.expanduser())
     module = find_module(model.net, index["site"], index["layer"])
     where = {"model": index["model"], "layer": index["layer"], "site": index["site"]}

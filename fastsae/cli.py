@@ -1,5 +1,5 @@
 """The command line: ``fastsae demo | train | suite | plan | eval | probe | report | harvest |
-convert | compare | encode | stitch | meta | steer | bench | info``.
+convert | compare | encode | pages | stitch | meta | steer | bench | info``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tyro
 from fastsae.commands.compare import Compare, Meta, Stitch
 from fastsae.commands.data import Encode, Harvest
 from fastsae.commands.evaluate import Eval, Probe, Report
+from fastsae.commands.pages import Pages
 from fastsae.commands.steer import Steer
 from fastsae.commands.suite import Suite
 from fastsae.commands.tools import Bench, Convert, Info
@@ -31,6 +32,7 @@ Command = (
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Encode, tyro.conf.subcommand("encode")]
+    | Annotated[Pages, tyro.conf.subcommand("pages")]
     | Annotated[Stitch, tyro.conf.subcommand("stitch")]
     | Annotated[Meta, tyro.conf.subcommand("meta")]
     | Annotated[Steer, tyro.conf.subcommand("steer")]

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from fastsae.data import Source
-from fastsae.matching import Matching, match
+from fastsae.matching import Matching, cosine_histogram, match
 from fastsae.sae import SAE
 
 SHARED_ABOVE = 0.7
@@ -108,7 +108,10 @@ def _compare(weights: Sequence[tuple[Tensor, ...]], options: dict[str, Any]) -> 
 
 
 def figures(saes: Sequence[SAE], truth: Source | None, **options: Any) -> dict[str, Any]:
-    """What `fastsae compare` prints, as plain data: of one SAE the truth is needed, (M, D)."""
+    """What `fastsae compare` prints and writes, as plain data: of one SAE the truth is needed.
+
+    truth: rows (M, D). A pair's histogram is `cosine_histogram` of its decoders' partners.
+    """
     found: dict[str, Any] = {}
     if len(saes) > 1 or truth is None:
         compared = compare(saes, **options)
@@ -130,6 +133,7 @@ def _pair_figures(pair: Pair) -> dict[str, Any]:
         "encoder_mcc": pair.encoder.mean,
         "agreement": pair.agreement,
         "shared": pair.shared(),
+        "histogram": cosine_histogram(pair.decoder.cosines),
     }
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +34,28 @@ class Contexts:
     is in the middle, PAD stands where there is none."""
     vocabulary: Mapping[int, str] = field(default_factory=dict)
     """Texts of ids, for display: a space at the start begins a word. Empty: not known."""
+    adjacent: bool = False
+    """Whether tokens beside a row's own are those of the rows beside it in the data."""
 
     def piece(self, token: int) -> str:
-        """The text of an id; the id itself where the vocabulary is empty or has no such id."""
-        return self.vocabulary.get(token, f" {token}")
+        """`text_of` an id."""
+        return text_of(self.vocabulary, token)
+
+
+def text_of(vocabulary: Mapping[int, str], token: int) -> str:
+    """The text of an id; the id itself where the vocabulary is empty or has no such id."""
+    return vocabulary.get(token, f" {token}")
+
+
+def vocabulary_of(tokenizer: Any) -> dict[int, str]:
+    """The texts of all ids of a tokenizer, as they read behind another token.
+
+    tokenizer: one of transformers, as in `LanguageModel`.
+    """
+    (first, *_) = tokenizer("a", add_special_tokens=False)["input_ids"]
+    before = tokenizer.decode([first])
+    ids = range(len(tokenizer))
+    return {i: tokenizer.decode([first, i]).removeprefix(before) for i in ids}
 
 
 def sample_contexts(ctx: npt.NDArray[np.uint16], vocabulary: Path) -> Contexts:
@@ -78,4 +96,4 @@ def set_contexts(stored: Labelled) -> Contexts:
         same_text = (window == window[:, own]) & (position - position[:, own] == offsets)
         return np.where(same_text & (wanted == numbers), label("token"), PAD)
 
-    return Contexts(ids)
+    return Contexts(ids, adjacent=True)

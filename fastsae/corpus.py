@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from fastsae.codes import Codes
 from fastsae.data import Source
 from fastsae.files import alone, read_json
-from fastsae.latent_index import QUANTILES, LatentIndex
+from fastsae.latent_index import QUANTILES, Ids, LatentIndex
 from fastsae.sae import SAE
 from fastsae.shards import shard_path, write_index, write_shard
 from fastsae.tensors import read_tensors
@@ -99,6 +100,37 @@ class CodeSet:
         for number, first in enumerate(self.starts[:-1].tolist()):
             yield first, read_shard(self.folder, number, self.index)
 
+    def means(self) -> Tensor:
+        """(F) float64: the mean |value| where a latent is active, 0 if never. Reads all shards."""
+        sums = torch.zeros(self.n_latents, dtype=torch.float64)
+        for _, codes in self.shards():
+            sizes = codes.vals.abs().double()
+            sums += codes.idx.bincount(weights=sizes, minlength=self.n_latents)
+        return sums / self.counts.clamp(min=1)
+
+    def at(self, rows: Ids, latents: Ids) -> npt.NDArray[np.float32]:
+        """The activations of pairs [m], 0 where there is none; rows beyond the set have none."""
+        found = np.zeros(len(rows), np.float32)
+        order = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows[order], self.starts)
+        for number in np.flatnonzero(np.diff(bounds)).tolist():
+            codes, here = read_shard(self.folder, number, self.index), order[bounds[number] :]
+            here = here[: bounds[number + 1] - bounds[number]]
+            local = torch.from_numpy(rows[here] - self.starts[number])
+            assert codes.row_ptr is not None
+            begins, n = codes.row_ptr[local].numpy(), codes.row_ptr.diff()[local].numpy()
+            entries = np.arange(n.sum()) + (begins - n.cumsum() + n).repeat(n)
+            pairs = here.repeat(n)
+            hit = codes.idx.numpy()[entries] == latents[pairs]
+            found[pairs[hit]] = codes.vals.numpy()[entries[hit]]
+        return found
+
+    def check(self, sae: SAE, source: Source) -> None:
+        """ValueError: it holds codes of another SAE, or of other rows."""
+        for name, expected in json.loads(json.dumps(_origin(sae, source))).items():
+            if self.index.get(name) != expected:
+                raise ValueError(f"{self.folder}: expected codes of the same {name}, got another's")
+
 
 def read_shard(folder: Path, number: int, index: dict[str, Any]) -> Codes:
     """The codes of a shard. ValueError: it is not what the index says."""
@@ -141,8 +173,7 @@ def encode_corpus(
     index: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "sae": {"config": sae.config.to_dict(), "weights": digest(sae)},
-        "data": source.identity(),
+        **_origin(sae, source),
         "d_sae": sae.config.d_sae,
         "contexts": contexts,
         "quantiles": QUANTILES,
@@ -182,6 +213,12 @@ def codes_of(sae: SAE, source: Source) -> Codes:
         sae.train(was_training)
     row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), *lengths]).cumsum(0)
     return Codes(torch.cat(vals), torch.cat(idx), sae.config.d_sae, row_ptr)
+
+
+def _origin(sae: SAE, source: Source) -> dict[str, Any]:
+    """What a set says of where its codes come from."""
+    weights = {"config": sae.config.to_dict(), "weights": digest(sae)}
+    return {"sae": weights, "data": source.identity()}
 
 
 def digest(sae: SAE) -> str:

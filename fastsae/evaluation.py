@@ -11,20 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from fastsae import runs
 from fastsae.activations import activations
 from fastsae.files import sha256
 from fastsae.models import LanguageModel
 from fastsae.order import permutation
-from fastsae.shards import read_index
 from fastsae.sites import Site, find_module
 from fastsae.windows import Ids, cut_windows, window_order
 
 _EVALUATED = 4  # what the permutation is for: see fastsae.order
-_OF_A_HARVEST = {
-    **dict.fromkeys(("window", "seed", "rows", "layer"), int),
-    **dict.fromkeys(("text", "dropped_positions"), list),
-}
 
 
 @dataclass(frozen=True)
@@ -139,20 +133,3 @@ def _seen(
         seen[:] = False
         seen[numbers[taken]] = True
     return seen
-
-
-def harvest_of(run: Path) -> dict[str, Any] | None:
-    """The index of the harvested set that a run was trained on; None where that is not there.
-
-    ValueError: run.json or index.json is not what train and harvest wrote.
-    """
-    data = runs.options_of(run).get("data") if (run / "run.json").exists() else None
-    if not isinstance(data, str) or not (Path(data) / "index.json").is_file():
-        return None
-    index = read_index(Path(data))
-    for name, kind in _OF_A_HARVEST.items():
-        if not isinstance(index.get(name), kind):
-            got = repr(index.get(name))
-            path = Path(data) / "index.json"
-            raise ValueError(f"{path}: {name}: expected it as harvest wrote it, got {got:.60}")
-    return index

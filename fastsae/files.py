@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,28 @@ def alone(folder: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `path` once all went well; else nothing appears.
+
+    ValueError: there is something at `path` that is not an empty folder.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{path}: expected a new folder, got a file")
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path}: expected a new or empty folder, got one with files in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.mkdir()
+    try:
+        yield partial
+        sync_folder(partial)
+        os.rename(partial, path)  # over an empty folder at most
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -109,6 +109,26 @@ def match(
     return _sparse(unit_rows(A, "A"), unit_rows(B, "B"), gap, min(candidates, len(B)), backend)
 
 
+def nearest_others(
+    units: Tensor, rows: Ids, count: int, *, backend: str | None = None
+) -> tuple[Floats, Ids]:
+    """The `count` nearest others of some rows of units (F, D), which `unit_rows` made.
+
+    rows [m] → cosines [m, min(count, F)], descending, equal ones by id, and their ids. Only
+    cosines above 0 count: -inf pads, with any id. No m×F matrix exists.
+    """
+    values, columns = _best(units, units, rows, None, min(count + 1, len(units)), backend)
+    values[columns == rows[:, None]] = -np.inf
+    order = np.argsort(-values, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(values, order, 1).clip(max=1), np.take_along_axis(columns, order, 1)
+
+
+def cosine_histogram(cosines: Floats) -> list[int]:
+    """How many cosines lie in each of 40 equal parts of [-1, 1]; a border belongs to the upper."""
+    places = np.floor(cosines * 20 + 1e-9).astype(int) + 20
+    return np.bincount(places.clip(0, 39), minlength=40).tolist()
+
+
 def _exact(A: Tensor, B: Tensor) -> Matching:
     try:
         from scipy.optimize import linear_sum_assignment

@@ -9,6 +9,8 @@
     in_model.json, probes.json     what `fastsae eval --model` and `fastsae probe` found
 
 config.json, sae.safetensors, metrics.json and report.html appear when the training is finished.
+The report also shows in_model.json and consistency.json (`fastsae compare --out`) where these are
+there.
 """
 
 from __future__ import annotations
@@ -35,9 +37,21 @@ from fastsae.timing import product_seconds
 from fastsae.train import Draw, Trainer, evaluate
 
 FILES = (
-    *("run.json", "config.json", "sae.safetensors", "log.jsonl", "metrics.json", "report.html"),
-    *("in_model.json", "probes.json"),
+    "run.json",
+    "config.json",
+    "sae.safetensors",
+    "log.jsonl",
+    "metrics.json",
+    "in_model.json",
+    "probes.json",
+    "consistency.json",
+    "report.html",
 )
+_OF_A_HARVEST = {
+    **dict.fromkeys(("window", "seed", "rows", "layer"), int),
+    **dict.fromkeys(("text", "dropped_positions"), list),
+    **dict.fromkeys(("model", "site"), str),
+}
 FIGURE_ROWS = 1 << 20
 """Training rows, at most, that the dead share and PCA are computed on: evenly spaced ones."""
 
@@ -284,20 +298,34 @@ def held_out(run: Path, gradients: bool = False) -> Source:
     return rows
 
 
-def harvested(run: Path) -> dict[str, Any]:
-    """The index of the set that a run was trained on. ValueError: its data are no such set."""
-    data = options_of(run).get("data")
+def data_of(run: Path) -> Source:
+    """All rows of a run's data, without a target. ValueError: run.json does not name them."""
+    return open_source(_checked_options(run)["data"])
+
+
+def harvest_of(run: Path) -> dict[str, Any] | None:
+    """The index of the harvested set that a run was trained on; None where that is not there.
+
+    ValueError: run.json or index.json is not what train and harvest wrote.
+    """
+    data = options_of(run).get("data") if (run / "run.json").exists() else None
     if not isinstance(data, str) or not (Path(data) / "index.json").is_file():
-        raise ValueError(f"{run}: expected a run on a set of fastsae harvest, got one on {data!r}")
+        return None
     index = read_index(Path(data))
-    for name, kind in (("model", str), ("layer", int), ("site", str)):
+    for name, kind in _OF_A_HARVEST.items():
         if not isinstance(index.get(name), kind):
             got = repr(index.get(name))
-            raise ValueError(f"{data}: {name}: expected it as harvest wrote it, got {got:.80}")
+            path = Path(data) / "index.json"
+            raise ValueError(f"{path}: {name}: expected it as harvest wrote it, got {got:.60}")
     return index
 
 
 def _split_of(run: Path, gradients: bool) -> tuple[Rows, Source]:
+    options = _checked_options(run)
+    return open_split(options["data"], options["target"], options["holdout"], gradients=gradients)
+
+
+def _checked_options(run: Path) -> dict[str, Any]:
     options = options_of(run)
     for name, kinds in (("data", (str,)), ("target", (str, type(None))), ("holdout", (int,))):
         if not isinstance(options.get(name), kinds):
@@ -305,7 +333,7 @@ def _split_of(run: Path, gradients: bool) -> tuple[Rows, Source]:
             raise ValueError(
                 f"{run / 'run.json'}: {name}: expected it as train wrote it, got {got}"
             )
-    return open_split(options["data"], options["target"], options["holdout"], gradients=gradients)
+    return options
 
 
 def print_figures(figures: dict[str, Any], out: Path) -> None:

@@ -85,6 +85,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=file.resolve().as_uri())
+        self.loaded()
+
+    def loaded(self) -> None:
+        """Waits until a page that is on its way is there."""
         while not self.named("Page.loadEventFired"):
             self.events.append(self._receive())
 

@@ -1,8 +1,10 @@
 """Matchings against scipy and brute force, what they certify, and the figures made of them."""
 
 import itertools
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fastsae import SAE, SAEConfig, TopK, cpu, matching, plan, reference
+from fastsae.cli import main
 from fastsae.consistency import compare, gt_mcc, pw_mcc
 from fastsae.data import open_source
 from fastsae.matching import match
@@ -271,6 +274,48 @@ def test_shared_latents_have_one_partner_and_are_close() -> None:
     assert pair.encoder is not None and pair.encoder.partners.tolist() == [1, 0, *range(2, 8)]
     assert pair.agreement == 6 / 8
     assert pair.shared() == 4 / 8 and pair.shared(0.6) == 6 / 8 and pair.shared(0.8) == 0
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_nearest_others_are_those_of_the_whole_matrix(count: int) -> None:
+    units = unit_rows(torch.cat([related(30, 5)[0], torch.zeros(2, 5), randn(1, 5)]))
+    units[4] = units[9] = units[2]  # the first of equal ones first, and never the row itself
+    cosines = units.double() @ units.double().T
+    cosines.fill_diagonal_(-2)
+    rows = np.array([0, 2, 4, 9, 31, 32])
+    values, ids = matching.nearest_others(units, rows, count)
+    assert values.shape == ids.shape == (6, min(count, 33))
+    for row, found, near in zip(rows, values, ids, strict=True):
+        there = found > 0
+        expected = cosines[row].sort(descending=True).values.numpy()[: len(found)]
+        assert np.allclose(found[there], expected[expected > 1e-7], atol=1e-6)
+        assert np.allclose(cosines[row].numpy()[near[there]], found[there], atol=1e-6)
+        assert row not in near[there] and len(set(near[there])) == there.sum()
+        assert (found[~there] == -np.inf).all() and (found <= 1).all()
+    assert ids[1, 0] == 4 and ids[2, 0] == 2 and ids[3, 0] == 2
+    assert (values[4] == -np.inf).all()
+
+
+def test_histogram_of_cosines() -> None:
+    counts = matching.cosine_histogram(np.array([-1, -0.95, -1e-12, 0, 0.05, 0.3, 0.999, 1]))
+    assert {i: n for i, n in enumerate(counts) if n} == {0: 1, 1: 1, 20: 2, 21: 1, 26: 1, 39: 2}
+    assert matching.cosine_histogram(np.empty(0)) == [0] * 40
+
+
+def test_compare_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(3):
+        SAE(SAEConfig(12, 20, TopK(2)), seed=seed).save(tmp_path / str(seed))
+    names = [str(tmp_path / str(seed)) for seed in range(3)]
+    out = tmp_path / "0" / "consistency.json"
+    main(["compare", *names, "--json", "--out", str(out)])
+    said = json.loads(capsys.readouterr().out)
+    assert json.loads(out.read_text()) == said and said["runs"] == names
+    for pair, (i, j) in zip(said["pairs"], ((0, 1), (0, 2), (1, 2)), strict=True):
+        found = match(*(SAE.load(names[n]).W_dec for n in (i, j)))
+        assert pair["runs"] == [i, j] and sum(pair["histogram"]) == 20
+        assert pair["histogram"] == matching.cosine_histogram(found.cosines)
+    main(["compare", *names, "--out", str(out)])
+    assert f"PW-MCC {said['pw_mcc']:.4f}" in capsys.readouterr().out
 
 
 # ---- the model organism ----

@@ -203,3 +203,37 @@ def test_files_are_plain_tensors(tmp_path: Path) -> None:
         "idx": (torch.int32, (60,)),
         "row_ptr": (torch.int64, (21,)),
     }
+
+
+def test_means_are_those_of_the_sizes(tmp_path: Path) -> None:
+    x, sae = randn(300, 6), tiny_sae("abs-topk")
+    found = encode_corpus(sae, open_source(x), tmp_path / "codes", shard_rows=70)
+    dense = sae.encode(x, training=False).to_dense().detach().double()
+    assert (dense < 0).any()
+    expected = dense.abs().sum(0) / (dense != 0).sum(0).clamp(min=1)
+    torch.testing.assert_close(found.means(), expected)
+
+
+def test_codes_know_what_they_are_of(tmp_path: Path) -> None:
+    x, sae = randn(50, 6), tiny_sae()
+    found = encode_corpus(sae, open_source(x), tmp_path / "codes")
+    found.check(sae, open_source(x))
+    with pytest.raises(ValueError, match="codes: expected codes of the same data, got another's"):
+        found.check(sae, open_source(x[:49]))
+    with torch.no_grad():
+        sae.b_dec[0] += 1
+    with pytest.raises(ValueError, match="codes: expected codes of the same sae, got another's"):
+        found.check(sae, open_source(x))
+
+
+@pytest.mark.parametrize("name", ["topk", "relu"])
+def test_activations_of_pairs_are_those_of_the_dense_codes(name: str, tmp_path: Path) -> None:
+    x, sae = randn(100, 6), tiny_sae(name)
+    found = encode_corpus(sae, open_source(x), tmp_path / "codes", shard_rows=30)
+    dense = sae.encode(x, training=False).to_dense().detach().float().numpy()
+    rng = np.random.default_rng(0)
+    rows, latents = rng.integers(-9, 109, 500), rng.integers(0, 24, 500)
+    there = (rows >= 0) & (rows < 100)
+    expected = np.where(there, dense[rows.clip(0, 99), latents], 0)
+    assert np.array_equal(found.at(rows, latents), expected) and expected.any()
+    assert found.at(rows[:0], latents[:0]).shape == (0,)

@@ -22,12 +22,13 @@ from fastsae import SAE, SAEConfig, Selection, TopK
 from fastsae.cli import main
 from fastsae.contexts import PAD, Contexts
 from fastsae.data import SAMPLES, Source, load_sample, open_source, split
-from fastsae.report import charts, latents, portrait, write_report
+from fastsae.matching import cosine_histogram
+from fastsae.report import charts, latents, portrait, tables, write_report
 from fastsae.report.history import Columns, History, read_history
 from fastsae.report.page import document
 from fastsae.report.text import duration, esc, percent, short, tick
 
-VOID = {"meta", "link"}
+VOID = {"meta", "link", "input"}
 
 
 # ---- what the tests are made of ----
@@ -430,7 +431,7 @@ def test_every_token_is_in_the_bar_of_its_l0(low: int, high: int) -> None:
 
 def test_every_latent_is_in_the_bar_of_its_cosine() -> None:
     cosines = [-0.31, -0.05, 0, 0.049, 0.05, 0.3, 0.95, 0.999, 1.0]
-    bars = latents.cosine_bars(made([1], cosines=cosines))
+    bars = latents.cosine_bars(cosine_histogram(np.array(cosines)))
     assert (bars[0].low, bars[-1].high) == (-0.35, 1.0)
     counted = {round(bar.low, 2): bar.count for bar in bars if bar.count}
     assert counted == {-0.35: 1, -0.05: 1, 0.0: 2, 0.05: 1, 0.3: 1, 0.95: 3}
@@ -524,6 +525,96 @@ def test_silent_latents_and_a_single_latent(tmp_path: Path) -> None:
     assert "Every token has 0 active latents." in parsed.texts["figcaption"]
 
 
+IN_MODEL = {
+    "l0": 3.0,
+    "splice": "rows",
+    "ce_loss_with_sae": 3.5125,
+    "ce_loss_without_sae": 3.25,
+    "ce_loss_score": 0.9375,
+    "kl_div_score": None,
+    "groups": {"massive": {"fvu": 0.5}},
+}
+
+COMPARED = {
+    "runs": ["runs/a", "runs/b", "runs/c"],
+    "pw_mcc": 0.4321,
+    "deviation": 0.0123,
+    "gap": 0.0,
+    "pairs": [
+        {
+            "runs": [0, 1],
+            "mcc": 0.4125,
+            "gap": 0.0,
+            "shared": 0.0625,
+            "agreement": 0.25,
+            "encoder_mcc": 0.2,
+            "histogram": [0] * 18 + [1, 2, 3] + [0] * 17 + [4, 5],
+        },
+        {"runs": [0, 2], "mcc": 0.4517, "histogram": "none"},
+    ],
+    "gt_mcc": [0.7, 0.8],
+}
+
+
+def table_of(text: str, kind: str) -> list[list[str]]:
+    (found,) = re.findall(rf'<table class="{kind}">(.*?)</table>', text, re.DOTALL)
+    lines = re.findall(r"<tr>(.*?)</tr>", found, re.DOTALL)
+    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in lines]
+
+
+def test_figures_in_the_model_are_those_of_the_file(run: Path) -> None:
+    (run / "in_model.json").write_text(json.dumps(IN_MODEL))
+    text = write_report(run, tiny_sae(), open_source(rows(9))).read_text()
+    assert "In the language model" in assert_self_contained(text).texts["h2"]
+    head, *lines = table_of(text, "meanings")
+    assert head == ["figure", "value", "what it is"]
+    assert [(name, value) for name, value, _ in lines] == [
+        ("ce_loss_without_sae", "3.250"),
+        ("ce_loss_with_sae", "3.513"),
+        ("ce_loss_score", "0.9375"),
+        ("kl_div_score", "–"),
+        ("l0", "3"),
+        ("splice", "rows"),
+        ("groups.massive.fvu", "0.5000"),
+    ]
+    assert all(bool(meaning) == (name in tables.IN_MODEL) for name, _, meaning in lines)
+
+
+def test_what_runs_have_in_common_is_that_of_the_file(run: Path) -> None:
+    (run / "consistency.json").write_text(json.dumps(COMPARED))
+    text = write_report(run, tiny_sae(), open_source(rows(9))).read_text()
+    parsed = assert_self_contained(text)
+    assert "In common with other runs" in parsed.texts["h2"]
+    assert table_of(text, "pairs") == [
+        ["runs", "mcc", "gap", "shared", "agreement"],
+        ["runs/a, runs/b", "0.4125", "0", "0.0625", "0.2500"],
+        ["runs/a, runs/c", "0.4517", "–", "–", "–"],
+    ]
+    shown = dict(zip(parsed.texts["dt"], parsed.texts["dd"], strict=True))
+    assert shown["PW-MCC"].startswith("0.4321mean cosine") and "± 0.0123 over 2" in shown["PW-MCC"]
+    assert re.findall(r"with the true directions: (.*?)<", text) == ["runs/a", "runs/b"]
+    titles = [title for title in parsed.headings if title.startswith("Matched cosines")]
+    assert titles == ["Matched cosines: runs/a, runs/b"]
+    plot = parsed.all("div", "plot")[-1]
+    counted = [int(t.split()[0]) for t in json.loads(plot["data-t"] or "")]
+    assert counted == [1, 2, 3] + [0] * 17 + [4, 5]
+    assert json.loads(plot["data-t"] or "")[0] == "1 latent at -0.10 to -0.05"
+    assert "Of 15 latents, the cosine" in "".join(parsed.texts["figcaption"])
+
+
+@pytest.mark.parametrize("value", [None, "x", [], [None], {}, {"a": 1}, 10**400, True, [[[]]]])
+def test_strange_figures_leave_things_out(run: Path, value: Any) -> None:
+    """A file of another version, or of someone else: what cannot be shown is not."""
+    (run / "in_model.json").write_text(json.dumps(dict.fromkeys(IN_MODEL, value)))
+    pair = dict.fromkeys(COMPARED["pairs"][0], value)  # type: ignore[index]
+    files = [dict.fromkeys(COMPARED, value), {**COMPARED, "runs": value, "pairs": [pair, value]}]
+    for compared in files:
+        (run / "consistency.json").write_text(json.dumps(compared))
+        text = write_report(run, tiny_sae(), open_source(rows(9))).read_text()
+        assert "Matched cosines" not in assert_self_contained(text).headings
+        assert ">nan" not in text
+
+
 HOSTILE = (
     "</script><script>alert(1)</script>",
     "\"><img src=x onerror='alert(1)'>",
@@ -540,6 +631,9 @@ def test_hostile_text_is_only_text(tmp_path: Path) -> None:
     train = {text: text for text in HOSTILE}
     write_log(run, [{"config": {"sae": {}, "train": train}, "engine": train}, *log_lines(3)[1:]])
     (run / "run.json").write_text(json.dumps({"data": HOSTILE[0], "nested": {HOSTILE[1]: train}}))
+    (run / "in_model.json").write_text(json.dumps(train))
+    compared = {**COMPARED, "runs": HOSTILE, "pairs": [{"runs": [HOSTILE[i], i]} for i in range(7)]}
+    (run / "consistency.json").write_text(json.dumps(compared))
     source = with_tokens(rows(60), dict(enumerate(HOSTILE)))
     text = write_report(run, tiny_sae(), replace(source, name=HOSTILE[0])).read_text()
     parsed = assert_self_contained(text)
@@ -567,6 +661,9 @@ def test_the_file_stays_small(tmp_path: Path) -> None:
     write_log(tmp_path, lines)
     wide = {f"k{i}": "<" * 300 for i in range(20_000)}
     (tmp_path / "run.json").write_text(json.dumps(wide))
+    (tmp_path / "in_model.json").write_text(json.dumps(wide))
+    many = {**COMPARED, "runs": ["<" * 300] * 500, "pairs": COMPARED["pairs"] * 5000}  # type: ignore[operator]
+    (tmp_path / "consistency.json").write_text(json.dumps({**many, "gt_mcc": [0.5] * 5000}))
     sae = tiny_sae(d_in=2, d_sae=1 << 17, rule=TopK(40))
     words = {i: '"' * 1000 for i in range(7)}
     path = write_report(tmp_path, sae, with_tokens(rows(300, 2), words))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from fastsae import consistency, runs, stitching
 from fastsae.commands.train import Train, TrainOptions
 from fastsae.data import open_source
+from fastsae.files import appear, write_json
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,16 @@ class Compare:
     """How far from the best a sparse matching may be."""
     json: bool = False
     """Print one JSON object."""
+    out: Path | None = None
+    """A file for that object; as consistency.json in a run directory, the run's report shows it."""
 
     def run(self) -> None:
         saes = [runs.sae_of(run) for run in self.run_directories]
         truth = None if self.truth is None else open_source(self.truth)
-        figures = consistency.figures(saes, truth, method=self.method, gap=self.gap)
+        figures: dict[str, Any] = {"runs": [str(run) for run in self.run_directories]}
+        figures |= consistency.figures(saes, truth, method=self.method, gap=self.gap)
+        if self.out is not None:
+            appear(self.out, lambda partial: write_json(partial, figures))
         print(json.dumps(figures) if self.json else consistency.table(figures))
 
 

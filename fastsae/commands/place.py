@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastsae import runs
 from fastsae.corpus import digest
-from fastsae.evaluation import At, Windows, harvest_of, read_windows
+from fastsae.evaluation import At, Windows, read_windows
 from fastsae.models import LanguageModel, load_model
 from fastsae.sae import SAE
 from fastsae.sites import Site
@@ -41,7 +42,7 @@ class Place:
 
     def open(self, run: Path, name: str) -> Opened:
         """Loads the model `name` for a run. ValueError: what is missing or does not fit."""
-        index = harvest_of(run) or {}
+        index = runs.harvest_of(run) or {}
         layer = index.get("layer") if self.layer is None else self.layer
         if layer is None:
             raise ValueError(

@@ -83,7 +83,12 @@ class Steer:
         """Model, layer and site, those of the run's activations where an option is not given."""
         if self.model is not None and self.layer is not None and self.site is not None:
             return self.model, self.layer, self.site
-        index = runs.harvested(self.run_directory)
+        index = runs.harvest_of(self.run_directory)
+        if index is None:
+            raise ValueError(
+                f"{self.run_directory}: expected --model, --layer and --site, or a run on a set of "
+                "fastsae harvest"
+            )
         layer = index["layer"] if self.layer is None else self.layer
         return self.model or index["model"], layer, self.site or index["site"]
 

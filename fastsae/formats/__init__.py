@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastsae.files import new_folder
 from fastsae.formats import (
     dictionary_learning,
     gemma_scope,
@@ -25,7 +26,7 @@ from fastsae.formats import (
     sae_lens,
     sparsify,
 )
-from fastsae.formats.files import naming, new_folder
+from fastsae.formats.files import naming
 from fastsae.sae import SAE
 
 __all__ = ["FORMATS", "WRITABLE", "Format", "guess", "read", "write"]

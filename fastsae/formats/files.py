@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-from fastsae.files import sync_folder
 
 _KINDS: dict[type, tuple[Any, str]] = {
     int: (int, "an integer"),
@@ -192,25 +188,3 @@ def _check_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) ->
         raise ValueError(
             f"{name}: expected {info.file_size} bytes of floats, got {dtype} of shape {shape}"
         )
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `path` once all went well; else nothing appears.
-
-    ValueError: there is something at `path` that is not an empty folder.
-    """
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{path}: expected a new folder, got a file")
-    if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"{path}: expected a new or empty folder, got one with files in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.mkdir()
-    try:
-        yield partial
-        sync_folder(partial)
-        os.rename(partial, path)  # over an empty folder at most
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    sync_folder(path.parent)

@@ -1,10 +1,11 @@
 """``report.html``: what a run did and what its latents respond to, in one file.
 
-    log.jsonl, metrics.json, run.json ──history──┐
-    SAE, rows of activations ────────portrait────┴─▶ page (charts) ─▶ RUN/report.html
+    log.jsonl and RUN's .json files ──history──┐
+    SAE, rows of activations ────────portrait──┴─▶ page (charts, tables) ─▶ RUN/report.html
 
 The file holds its style, script and pictures, and sends no request. Its size is bounded: curves are
 thinned, a few latents are shown up close, texts are cut. The same inputs give the same bytes.
+`fastsae.report.pages` shows all latents, in a folder.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def write_report(run: str | Path, sae: SAE, source: Source, train: Source | None
 
     Latents are measured on rows of `source`, best those held out from training, then on rows of
     `train`: on at most `fastsae.report.portrait.MAX_ROWS` in all. What the run's log and figures
-    lack, the report lacks. ValueError: no rows, rows of another width, an unreadable metrics.json.
+    lack, the report lacks. ValueError: no rows, rows of another width, an unreadable .json file.
     """
     run = Path(run)
     sources = (source,) if train is None else (source, train)

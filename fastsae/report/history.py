@@ -1,4 +1,4 @@
-"""What a run wrote about itself: log.jsonl, metrics.json, run.json."""
+"""What is written about a run: its log, and metrics, run, in_model and consistency .json."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ class History:
     evals: Columns = field(default_factory=lambda: Columns(EVALUATED))
     metrics: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    in_model: dict[str, Any] = field(default_factory=dict)
+    """What `fastsae eval --model` found."""
+    consistency: dict[str, Any] = field(default_factory=dict)
+    """What `fastsae compare --out` wrote."""
     unreadable: int = 0
     """Lines of the log that are no JSON objects."""
 
@@ -71,8 +75,13 @@ class History:
 
 
 def read_history(run: Path) -> History:
-    """Reads what there is of the run's files. ValueError: metrics.json or run.json is no object."""
-    history = History(metrics=_object(run / "metrics.json"), run=_object(run / "run.json"))
+    """Reads what there is of the run's files. ValueError: one that is .json holds no object."""
+    history = History(
+        metrics=_object(run / "metrics.json"),
+        run=_object(run / "run.json"),
+        in_model=_object(run / "in_model.json"),
+        consistency=_object(run / "consistency.json"),
+    )
     log = run / "log.jsonl"
     if not log.is_file():
         return history

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fastsae.config import SAEConfig
+from fastsae.matching import cosine_histogram
 from fastsae.report.charts import Bar, Scale, histogram
-from fastsae.report.portrait import GROUPS, Example, Latent, Portrait
-from fastsae.report.text import cut, esc, percent, short, tick
+from fastsae.report.examples import Example
+from fastsae.report.portrait import GROUPS, Latent, Portrait
+from fastsae.report.text import activation, clean, cut, esc, percent, short, tick
 
 _NAME, _PIECE = 200, 40  # characters of a source's name and of a token
 _PER_DECADE = 5  # bars of the firing frequencies
@@ -118,14 +121,12 @@ def _l0(portrait: Portrait) -> str:
     )
 
 
-def cosine_bars(portrait: Portrait) -> list[Bar]:
-    """Bars of width 0.05 from the first that holds a latent, 0 or below, to 1."""
-    places = np.minimum(np.floor(portrait.cosines * 20 + 1e-9).astype(int), 19)
-    low = min(0, int(places.min()))
-    numbers = np.bincount(places - low, minlength=20 - low)
+def cosine_bars(counts: Sequence[int]) -> list[Bar]:
+    """Bars of a `cosine_histogram` from the first that holds a latent, 0 or below, to 1."""
+    first = next((i for i, count in enumerate(counts) if count or i == 20), 20) - 20
     return [
         Bar(i / 20, (i + 1) / 20, count, f"{_latents(count)} at {i / 20:.2f} to {(i + 1) / 20:.2f}")
-        for i, count in enumerate(numbers.tolist(), start=low)
+        for i, count in enumerate(counts[20 + first :], start=first)
     ]
 
 
@@ -133,7 +134,7 @@ def _cosines(config: SAEConfig, portrait: Portrait) -> str:
     n = len(portrait.cosines)
     if not n:
         return ""
-    bars = cosine_bars(portrait)
+    bars = cosine_bars(cosine_histogram(portrait.cosines))
     close = int((portrait.cosines > 0.9).sum())
     of = f"all {n:,}" if n == config.d_sae else f"{n:,} random"
     return histogram(
@@ -191,37 +192,51 @@ def _card(latent: Latent, portrait: Portrait) -> str:
     often = ""
     if latent.tokens and latent.count > 1:
         tokens = " ".join(
-            f"<span><b>{_token(piece)}</b> {part:.0%}</span>" for piece, part in latent.tokens
+            f"<span><b>{esc(token_name(piece))}</b> {part:.0%}</span>"
+            for piece, part in latent.tokens
         )
         often = f'<p class="often">{tokens}</p>\n'
-    largest = max((abs(example.value) for example in latent.examples), default=1.0)
-    examples = "".join(_line(example, abs(example.value) / largest) for example in latent.examples)
     return (
         f'<article class="latent">\n<header><h4>{latent.latent}</h4>'
         f"<span>fires on {share} of tokens, {times}</span></header>\n{often}"
-        f"<ol>\n{examples}</ol>\n</article>\n"
+        f"{example_list(latent.examples)}</article>\n"
     )
 
 
-def _line(example: Example, heat: float) -> str:
-    size = abs(example.value)
-    number = f"{example.value:.2f}" if 0.05 <= size < 1e4 else f"{example.value:.1e}"
-    value = f'<span class="act">{esc(number.replace("-", "−"))}</span>'
+def example_list(examples: Sequence[Example]) -> str:
+    """The rows as a list; a mark is as strong as its activation beside the largest."""
+    largest = max((abs(example.value) for example in examples), default=1.0)
+    lines = (_line(example, largest) for example in examples)
+    return f"<ol>\n{''.join(lines)}</ol>\n"
+
+
+def _line(example: Example, largest: float) -> str:
+    value = f'<span class="act">{esc(activation(example.value))}</span>'
     if example.token is None:
         return f'<li class="row"><span>row {example.row:,}</span>{value}</li>\n'
-    before = "".join(_text(piece) for piece in example.before).lstrip()
-    after = "".join(_text(piece) for piece in example.after)
+    heat = {at: abs(size) / largest for at, size in example.active}
+    first = -len(example.before)
+    before = [_text(piece, heat.get(at, 0)) for at, piece in enumerate(example.before, first)]
+    after = [_text(piece, heat.get(at, 0)) for at, piece in enumerate(example.after, 1)]
     space = " " if example.token.startswith(" ") and before else ""
+    mark = _marked(token_name(example.token), abs(example.value) / largest)
     return (
-        f'<li><span class="text"><span class="before"><span>{before}{space}</span></span>'
-        f'<mark style="--heat:{heat:.2f}">{_token(example.token)}</mark>'
-        f'<span class="after"><span>{after}</span></span></span>{value}</li>\n'
+        f'<li><span class="text"><span class="before"><span>{"".join(before).lstrip()}{space}'
+        f'</span></span>{mark}<span class="after"><span>{"".join(after)}</span></span></span>'
+        f"{value}</li>\n"
     )
 
 
-def _text(piece: str) -> str:
+def _text(piece: str, heat: float) -> str:
+    if heat:
+        return (" " if piece.startswith(" ") else "") + _marked(token_name(piece), heat)
     return esc(cut(piece.replace("\n", "↵"), _PIECE))
 
 
-def _token(piece: str) -> str:
-    return _text(piece.strip(" ")) or "␣"
+def _marked(text: str, heat: float) -> str:
+    return f'<mark style="--heat:{heat:.2f}">{esc(text)}</mark>'
+
+
+def token_name(piece: str) -> str:
+    """A token that stands alone: without the space that says that it begins a word."""
+    return clean(cut(piece.strip(" ").replace("\n", "↵"), _PIECE)) or "␣"

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastsae.contexts import PAD, REACH
 from fastsae.corpus import MAX_BATCH_PAIRS, batches_of_codes
 from fastsae.data import Source
 from fastsae.latent_index import TopContexts
 from fastsae.order import RowIndex, permutation
+from fastsae.report.examples import Example, examples
 from fastsae.sae import SAE
 
 Floats = npt.NDArray[np.float64]
@@ -33,20 +33,6 @@ _TOKENS = 4  # a latent, those it fires on most
 _BATCH_PAIRS = MAX_BATCH_PAIRS
 _COSINE_PAIRS = 1 << 26  # queries × latents
 _MIN_QUERIES = 256
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row that a latent fires on."""
-
-    row: int
-    """Its number in the source it comes from."""
-    value: float
-    """The latent's activation."""
-    before: tuple[str, ...] = ()
-    token: str | None = None
-    """Text of the row's own token; None where the data carries no tokens."""
-    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,13 +176,8 @@ def _look_at(
 
 def _example(sources: Sequence[Source], starts: RowIndex, row: int, value: float) -> Example:
     number = int(np.searchsorted(starts, row, side="right")) - 1
-    source, row = sources[number], row - int(starts[number])
-    if source.contexts is None:
-        return Example(row, value)
-    ids = source.token_ids(np.array([row]), REACH)[0].tolist()
-    pieces = ["" if token == PAD else source.contexts.piece(token) for token in ids]
-    before, after = tuple(filter(None, pieces[:REACH])), tuple(filter(None, pieces[REACH + 1 :]))
-    return Example(row, value, before, pieces[REACH], after)
+    (found,) = examples(sources[number], np.array([row - int(starts[number])]), [value])
+    return found
 
 
 def _tokens(

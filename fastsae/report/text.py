@@ -5,15 +5,22 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 NBSP = "\u00a0"
+SETTING = 200  # characters of a setting
 _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, surrogates
 
 
+def clean(text: str) -> str:
+    """Text with U+FFFD in the place of what no file may hold."""
+    return _UNSHOWN.sub("\ufffd", text)
+
+
 def esc(text: object) -> str:
-    """Text for HTML, inside elements and quoted attributes; what no file may hold is U+FFFD."""
-    shown = _UNSHOWN.sub("\ufffd", str(text))
-    return html.escape(shown, quote=True)
+    """Text for HTML, inside elements and quoted attributes, clean."""
+    return html.escape(clean(str(text)), quote=True)
 
 
 def short(value: float) -> str:
@@ -27,6 +34,12 @@ def short(value: float) -> str:
         return f"{value:.2e}".replace("-", "−")
     digits = 0 if size >= 1000 else max(1, 3 - math.floor(math.log10(size)))
     return f"{value:,.{min(digits, 4)}f}".replace("-", "−")
+
+
+def activation(value: float) -> str:
+    """An activation, a cosine or an effect: 12.34, −0.07, 1.2e−03."""
+    form = f"{value:.2f}" if value == 0 or 0.05 <= abs(value) < 1e4 else f"{value:.1e}"
+    return form.replace("-", "−")
 
 
 def tick(value: float) -> str:
@@ -65,3 +78,23 @@ def duration(seconds: float) -> str:
 def cut(text: str, length: int) -> str:
     """At most that many characters of a text."""
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def setting(value: Any) -> str:
+    """What a JSON file says, in few words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "–"
+    return cut(f"{value:g}" if isinstance(value, float) else str(value), SETTING)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """What a JSON object says by dotted name, each cut to a bounded length."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value and prefix.count(".") < 3:
+            rows += flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((cut(f"{prefix}{key}", SETTING), value))
+    return rows
