@@ -39,7 +39,7 @@ class Plan:
     """Codes, buffers and tokens of a step, two batches ahead, at most; a rule that recomputes has
     its own blocks."""
     shuffled: int = 0
-    """Rows that are shuffled in memory, where they come from an iterable or a live model."""
+    """Rows that wait in memory to be shuffled: of an iterable, a live model, or files in blocks."""
     process: int = PROCESS
     checkpoints: int = 0
     """On the disk: those that are kept, one that is being written, the weights at the end."""

@@ -28,6 +28,7 @@ from fastsae.data import Source, in_order, open_source, split
 from fastsae.files import appear, read_json, write_json
 from fastsae.iterable import IterableSource
 from fastsae.log import find_wandb
+from fastsae.order import POOL_ROWS
 from fastsae.report import write_report
 from fastsae.sae import SAE
 from fastsae.selection import Selection
@@ -136,12 +137,11 @@ def train(
     """
     check_place(out, options, settings, resume)
     if device == "cpu":
-        if shards is None:
-            alone = replace(plan.plan(config, settings), shuffled=buffer_bytes(rows))
-            plan.check(alone, plan.available())
-        else:
-            each = plan.plan(config, settings, latents=shards.n_latent, data=shards.n_data)
-            plan.check(each, plan.available() // shards.n_here)
+        n_latent, n_data = (1, 1) if shards is None else (shards.n_latent, shards.n_data)
+        each = plan.plan(config, settings, latents=n_latent, data=n_data)
+        each = replace(each, shuffled=buffer_bytes(rows, settings))
+        plan.check(each, plan.available() // (1 if shards is None else shards.n_here))
+        if shards is not None:
             shards.barrier()  # no rank takes memory that another one has yet to count
     trainer = begin(config, rows, holdout, settings, out, options, device=device, shards=shards)
     first_step = trainer.step_count
@@ -162,9 +162,15 @@ def check_place(out: Path, options: dict[str, Any], settings: TrainConfig, resum
         find_wandb()
 
 
-def buffer_bytes(rows: Rows) -> int:
-    """Memory that the shuffling of rows takes, where they have no numbers."""
-    return rows.buffer_bytes if isinstance(rows, IterableSource) else 0
+def buffer_bytes(rows: Rows, settings: TrainConfig) -> int:
+    """Memory that rows wait in to be shuffled: a buffer where they have no numbers, or two pools of
+    those in files."""
+    if isinstance(rows, IterableSource):
+        return rows.buffer_bytes
+    if settings.shuffle_block == 1 or not rows.in_files:
+        return 0
+    one = rows.stored(np.zeros(1, np.int64))
+    return 2 * min(POOL_ROWS, rows.n_rows) * sum(t.nbytes for t in one if t is not None)
 
 
 def begin(

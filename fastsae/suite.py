@@ -98,7 +98,7 @@ def train_suite(
 def planned(members: Mapping[str, Member], streams: Mapping[Any, _Stream]) -> plan.Plan:
     """What the members on the CPU take, and the rows that wait in the streams' buffers."""
     here = [plan.plan(m.config, m.settings) for m in members.values() if m.device == "cpu"]
-    shuffled = sum(runs.buffer_bytes(stream.source) for stream in streams.values())
+    shuffled = sum(runs.buffer_bytes(stream.source, stream.settings) for stream in streams.values())
     return replace(plan.total(here), shuffled=shuffled)
 
 
@@ -158,7 +158,8 @@ class _Stream:
     def __init__(self, members: Sequence[Member]) -> None:
         live = [member.rows for member in members if isinstance(member.rows, LiveSource)]
         self.source = LiveSource.of_all(live) if live else members[0].rows
-        self._draw = drawn(self.source, members[0].settings)
+        self.settings = members[0].settings
+        self._draw = drawn(self.source, self.settings)
         self._readings: dict[tuple[int, int], _Reading] = {}
 
     def draw(self, rows: runs.Rows) -> Draw:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from common import run_child
 
-from fastsae import SAE, SAEConfig, TopK
+from fastsae import SAE, SAEConfig, TopK, runs
 from fastsae.data import open_source
 from fastsae.moments import STATES
 from fastsae.plan import available, check, plan, table
@@ -85,3 +85,17 @@ def test_what_does_not_fit_is_refused_with_the_table() -> None:
 
 def test_available_is_some_of_the_machines() -> None:
     assert 1 << 20 < available() < 1 << 50
+
+
+@pytest.mark.parametrize(("n_rows", "block", "pooled"), [(100, 8, 100), (70_000, 256, 65_536)])
+def test_pools_of_rows_in_files_are_counted(
+    tmp_path: Path, n_rows: int, block: int, pooled: int
+) -> None:
+    rows = np.ones((n_rows, 3), np.float16)
+    np.save(tmp_path / "x.npy", rows)
+    in_file, held = open_source(tmp_path / "x.npy"), open_source(torch.from_numpy(rows))
+    paired = open_source(tmp_path / "x.npy", tmp_path / "x.npy")
+    for source, row_bytes in ((in_file, 6), (paired, 12), (held, 0)):
+        settings = TrainConfig(shuffle_block=block)
+        assert runs.buffer_bytes(source, settings) == 2 * pooled * row_bytes
+        assert runs.buffer_bytes(source, TrainConfig()) == 0
