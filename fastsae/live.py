@@ -10,7 +10,8 @@ A pass over the rows is to the bit what ``fastsae harvest`` would store with the
 order, but for the rows held out: those of the last windows, which no training row comes from. They
 are read once, at the start, and stay in memory. The rest goes through the buffer of
 `fastsae.iterable`, so the count of rows handed out is the whole state. A training that goes on
-runs the model again only on the windows whose rows wait in the buffer: some four buffers of them.
+runs the model again only on the windows whose rows wait in the buffer: four to seven buffers of
+them, the more the more windows the model reads at once.
 """
 
 from __future__ import annotations

@@ -99,23 +99,37 @@ def check_same(run: Path, options: dict[str, Any]) -> None:
 Rows = Source | IterableSource
 
 
+class Opened:
+    """What `open_split` has opened, for trainings in one process that read the same."""
+
+    def __init__(self) -> None:
+        self.splits: dict[tuple[str, str | None, int, bool], tuple[Rows, Source]] = {}
+        self.streams: dict[Path, live.Stream] = {}
+
+
 def open_split(
     data: str,
     target: str | None,
     n_holdout: int,
     *,
     gradients: bool = False,
-    streams: dict[Path, live.Stream] | None = None,
+    opened: Opened | None = None,
 ) -> tuple[Rows, Source]:
     """(training rows, held-out rows) of what ``--data`` names; ``live:…``: as `live.open_live`.
 
     ValueError: as `open_source`, `split` and `open_live`, and gradients of a live model.
     """
-    if data.startswith("live:"):
-        if gradients:
+    opened = Opened() if opened is None else opened
+    wanted = data, target, n_holdout, gradients
+    if wanted not in opened.splits:
+        if not data.startswith("live:"):
+            source = open_source(data, target, gradients=gradients)
+            opened.splits[wanted] = split(source, n_holdout)
+        elif gradients:
             raise ValueError(f"{data}: expected stored gradients, got none: harvest them")
-        return live.open_live(data, target, n_holdout, streams)
-    return split(open_source(data, target, gradients=gradients), n_holdout)
+        else:
+            opened.splits[wanted] = live.open_live(data, target, n_holdout, opened.streams)
+    return opened.splits[wanted]
 
 
 def train(

@@ -133,6 +133,8 @@ def test_one_forward_pass_feeds_them_all(place: Path, monkeypatch: pytest.Monkey
     one, three = windows({"a": same["a"]}, "one"), windows(same, "three")
     first_look, held = 2, -(-20 // (WINDOW - 1))  # of a source: its first chunk, what is held out
     assert three == one + 2 * (first_look + held)
+    again = {"a": same["a"], "b": {**same["a"], "d_sae": 9}}
+    assert windows(again, "again") == one  # nor are held-out rows read twice
     rows = 12 * 32 + 40  # trained on, and measured at the start; each reads a buffer ahead
     assert one * (WINDOW - 1) < rows + 2 * 100 + 8 * WINDOW
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import tyro
 
+from fastsae import runs
 from fastsae.commands.train import Train, finish, layered, train_options
-from fastsae.live import Stream
 from fastsae.options import checked, read_table
 from fastsae.suite import Member, train_suite
 
@@ -28,7 +28,7 @@ class Suite:
 
     def run(self) -> None:
         members: dict[str, Member] = {}
-        streams: dict[Path, Stream] = {}
+        opened = runs.Opened()
         for name, layers in read_suite(self.file).items():
             given, parameters = layered(layers)
             options = tyro.cli(
@@ -38,7 +38,7 @@ class Suite:
                 config=(tyro.conf.OmitArgPrefixes,),
             )
             try:
-                members[name] = options.prepared(parameters, streams)
+                members[name] = options.prepared(parameters, opened)
             except ValueError as error:
                 raise ValueError(f"{self.file}: {name}: {error}") from error
         figures, errors = train_suite(members, self.out, resume=self.resume)

@@ -12,7 +12,6 @@ from typing import Any, get_type_hints
 
 from fastsae import plan, runs
 from fastsae.config import SAEConfig, TrainConfig
-from fastsae.live import Stream
 from fastsae.options import as_arguments, read_options, rule_from, selection_parameters, typed
 from fastsae.selection import Selection
 from fastsae.sharding import Shards
@@ -98,10 +97,8 @@ class Train:
     train: TrainOptions = TrainOptions()
     """How it is trained."""
 
-    def prepared(
-        self, parameters: dict[str, Any], streams: dict[Path, Stream] | None = None
-    ) -> Member:
-        """The run that the options say, its data open. streams: as for `live.open_live`."""
+    def prepared(self, parameters: dict[str, Any], opened: runs.Opened | None = None) -> Member:
+        """The run that the options say, its data open. opened: as for `runs.open_split`."""
         settings = self.train.checked()
         rule = rule_from(self.selection, self.k, parameters)
         rows, holdout = runs.open_split(
@@ -109,7 +106,7 @@ class Train:
             self.target,
             self.holdout,
             gradients=rule.needs_gradient,
-            streams=streams,
+            opened=opened,
         )
         config = SAEConfig(
             d_in=rows.d_in,
