@@ -140,6 +140,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         "lr": args.lr,
         "trained_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
         "held_out_tokens": holdout.numel(),
+        "threads": torch.get_num_threads(),
     }
     yield {**shared, "tokens": 0, "seconds": 0.0, **figures(net, module, sae, holdout)}
     seconds, begin, losses = 0.0, time.perf_counter(), []
@@ -159,14 +160,14 @@ def main() -> None:
     )
     parser.add_argument("--sae", type=Path, required=True, help="a run on harvested activations")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=2, help="windows a step, as long as harvested")
-    parser.add_argument("--every", type=int, default=30, help="steps between evaluations")
-    parser.add_argument("--held-out", type=int, default=24, help="windows")
+    parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
+    parser.add_argument("--held-out", type=int, default=12, help="windows")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--alpha", type=float, default=32)
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/fastsae"))
     add_outputs(parser)
     args = parser.parse_args()
@@ -180,8 +181,10 @@ def main() -> None:
                 file=sys.stderr,
                 flush=True,
             )
-    outputs([row | watch.columns() for row in rows], args)
-    say_busy([row | watch.columns() for row in rows])
+            outputs(rows, args)  # as far as it has come
+    rows = [row | watch.columns() for row in rows]
+    outputs(rows, args)
+    say_busy(rows)
 
 
 if __name__ == "__main__":

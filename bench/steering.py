@@ -199,6 +199,7 @@ def main() -> None:
     module = find_module(model.net, index["site"], index["layer"])
     where = {"model": index["model"], "layer": index["layer"], "site": index["site"]}
     where |= {"d_sae": sae.config.d_sae, "selection": str(sae.config.selection)}
+    where["threads"] = torch.get_num_threads()
     rows: list[Row] = []
     for name in args.concept or CONCEPTS:
         with Watch() as watch:

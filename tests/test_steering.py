@@ -9,6 +9,7 @@ import torch
 from common import NAN, name_of, randn, refusals
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastsae import SAE, SAEConfig, TopK
 from fastsae.selection import BatchTopK, JumpReLU, ReLU, Selection
@@ -302,7 +303,7 @@ def test_a_wide_dictionary_has_no_pre_activations_of_all() -> None:
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.append(max((t.numel() for t in [out] if isinstance(t, Tensor)), default=0))
+            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
             return out
 
     with Sizes():
