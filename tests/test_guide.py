@@ -67,7 +67,11 @@ def test_the_page_on_consistency_runs() -> None:
     kinds, names, said = run_page("consistency.md")
     assert kinds.count("sh") == 6 and kinds.count("python") == 4
     assert said.count("PW-MCC") == 2 and said.count("GT-MCC") == 2
-    (pair,) = json.loads(next(line for line in said.splitlines() if line.startswith("{")))["pairs"]
+    compared = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    (pair,) = compared["pairs"]
+    assert json.loads(Path("runs/seed0/consistency.json").read_text()) == compared
+    assert "In common with other runs" in Path("runs/seed0/report.html").read_text()
+    assert len(list(Path("pages").glob("*.html"))) == 3
     assert pair["mcc"] == names["pair"].decoder.mean and pair["shared"] == names["pair"].shared()
     figures = dict(re.findall(r"^(fvu_\w+|novel|replaced) +([\d.,]+)$", said, re.M))
     assert 0 < int(figures["novel"]) <= 1024

@@ -177,11 +177,12 @@ def test_contexts_show_what_the_latent_does_on_the_tokens_around(tmp_path: Path)
         for c in f.contexts
     )  # rows whose order is another's
 
-    path = write_pages(tmp_path / "pages", "run", sae, codes, source, contexts=5)
+    path = write_pages(tmp_path / "pages", "run", sae, codes, source, model(), contexts=5)
     shown = cards_in((path.parent / "latents-00000.html").read_text())
-    for f in latents_in(path.parent):
+    for f, of_facts in zip(latents_in(path.parent), found, strict=True):
         expected = []
-        for c in f["contexts"]:
+        for c, of_fact in zip(f["contexts"], of_facts.contexts, strict=True):
+            assert c["active"] == [list(pair) for pair in of_fact.active]
             marks = {**dict(c["active"]), 0: c["value"]}
             tokens = [*c["before"], c["token"], *c["after"]]
             for at in sorted(marks):

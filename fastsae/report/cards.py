@@ -18,7 +18,7 @@ def file_name(latent: int) -> str:
 
 def label(found: Facts) -> str:
     """A latent in a few words: the tokens of its largest activations."""
-    return " · ".join(token_name(piece) for piece, _ in found.tokens)
+    return " · ".join(dict.fromkeys(token_name(piece) for piece, _ in found.tokens))
 
 
 def card(found: Facts) -> str:

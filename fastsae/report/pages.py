@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsae.contexts import Contexts, vocabulary_of
+from fastsae.contexts import vocabulary_of
 from fastsae.corpus import CodeSet
 from fastsae.data import Source
 from fastsae.files import new_folder, write_text
@@ -61,7 +61,7 @@ def write_pages(
     if model is not None:
         words = vocabulary_of(model.tokenizer)
         if source.contexts is not None:
-            source = replace(source, contexts=Contexts(source.contexts.ids, words))
+            source = replace(source, contexts=replace(source.contexts, vocabulary=words))
         if model.causal:
             unembedding = folded_unembedding(model)
     found = facts(sae, codes, source, unembedding, words, contexts=contexts)
