@@ -1,4 +1,4 @@
-"""What a run wrote about itself: log.jsonl, metrics.json, run.json."""
+"""What a run wrote about itself: log.jsonl, metrics.json, run.json, in_model.json."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ class History:
     evals: Columns = field(default_factory=lambda: Columns(EVALUATED))
     metrics: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    in_model: dict[str, Any] = field(default_factory=dict)
+    """What `fastsae eval --model` found."""
     unreadable: int = 0
     """Lines of the log that are no JSON objects."""
 
@@ -71,8 +73,9 @@ class History:
 
 
 def read_history(run: Path) -> History:
-    """Reads what there is of the run's files. ValueError: metrics.json or run.json is no object."""
-    history = History(metrics=_object(run / "metrics.json"), run=_object(run / "run.json"))
+    """Reads what there is of the run's files. ValueError: a .json file is no object."""
+    names = ("metrics", "run", "in_model")
+    history = History(**{name: _object(run / f"{name}.json") for name in names})
     log = run / "log.jsonl"
     if not log.is_file():
         return history
