@@ -342,6 +342,11 @@ def test_eval_in_a_model(run: Path, text: list[Path]) -> None:
     said |= {"windows_seen": 0, "text": ["one.txt", "two.txt"], "weights_as_harvested": True}
     assert {name: figures[name] for name in said} == said
     assert f"{figures['ce_loss_score']:.4f}" in shown and "data hold: 0" in shown
+    command("report", run)
+    assert f"{figures['delta_ce_loss']:+.4f}</span>" in (run / "report.html").read_text()
+    (run / "in_model.json").write_text(json.dumps(figures | {"sae": "another"}))
+    command("report", run)
+    assert "Loss in the model" not in (run / "report.html").read_text()
     again = command("eval", run, "--model", "tiny", "--text", *text[:2], "--tokens", 60, "--json")
     assert json.loads(again) == figures
     options = ["--layer", 3, "--site", "mlp", "--splice", "all", "--seen"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastsae.corpus import digest
 from fastsae.data import Source
 from fastsae.files import appear, write_text
 from fastsae.report.history import read_history
@@ -25,12 +26,16 @@ def write_report(run: str | Path, sae: SAE, source: Source, train: Source | None
 
     Latents are measured on rows of `source`, best those held out from training, then on rows of
     `train`: on at most `fastsae.report.portrait.MAX_ROWS` in all. What the run's log and figures
-    lack, the report lacks. ValueError: no rows, rows of another width, an unreadable .json file.
+    lack, the report lacks; in_model.json of other weights is left out. ValueError: no rows, rows of
+    another width, an unreadable .json file.
     """
     run = Path(run)
     sources = (source,) if train is None else (source, train)
     portrait = portray(sae, sources)
     name = run.resolve().name
-    text = document(name, sae.config, source.name, read_history(run), portrait)
+    history = read_history(run)
+    if history.in_model and history.in_model.get("sae") != digest(sae):
+        history.in_model = {}
+    text = document(name, sae.config, source.name, history, portrait)
     appear(run / "report.html", lambda partial: write_text(partial, text))
     return run / "report.html"

@@ -58,6 +58,7 @@ def _tiles(config: SAEConfig, history: History, portrait: Portrait) -> str:
         m["fvu"] = evaluated[-1]
     if "fvu" in m:
         tiles.append(_fvu_tile(m))
+    tiles += _in_model_tile(history.in_model)
     l0 = m.get("l0", float(portrait.l0.mean()))
     remark = "active latents a token, on average"
     if "training_l0" in m:
@@ -99,6 +100,18 @@ def _fvu_tile(m: Mapping[str, float]) -> str:
         "<small>Fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − x̄‖². 0 is a perfect "
         "reconstruction; 1, the full width, is predicting the mean.</small></dd></div>\n"
     )
+
+
+def _in_model_tile(found: Mapping[str, Any]) -> list[str]:
+    names = ("delta_ce_loss", "ce_loss_score", "kl_div_score")
+    loss, ce, kl = (number(found.get(name)) for name in names)
+    if not math.isfinite(loss + ce + kl):
+        return []
+    model = cut(str(found.get("model")), 60)
+    remark = (
+        f"nats of next-token loss with the SAE in {model}; CE score {ce:.4f}, KL score {kl:.4f}"
+    )
+    return [_tile("Loss in the model", f"{loss:+.4f}", remark)]
 
 
 # ---- configuration ----
