@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fastsae import SAE, Codes, SAEConfig, TopK, cli
 from fastsae.absorption import LETTERS, Criteria, _absorbed, absorption
-from fastsae.data import permutation
 from fastsae.evaluation import At
 from fastsae.first_letter import (
     EXAMPLES,
@@ -23,6 +22,7 @@ from fastsae.first_letter import (
     prompts,
 )
 from fastsae.models import LanguageModel
+from fastsae.order import permutation
 
 S, T, U = (LETTERS.index(c) for c in "stu")
 PER_LETTER, RARE = 200, 40

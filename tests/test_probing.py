@@ -14,8 +14,8 @@ from test_harvest import Tokenizer, causal
 from torch import Tensor
 
 from fastsae import SAE, Codes, SAEConfig, Selection, cli
-from fastsae.data import permutation
 from fastsae.evaluation import At, read_windows
+from fastsae.order import permutation
 from fastsae.probing import (
     columns,
     fit_probe,

@@ -12,7 +12,7 @@ from fastsae.report.latents import examples_about, latent_cards, latent_charts, 
 from fastsae.report.portrait import Portrait
 from fastsae.report.shell import chart_grid, html_page, section, tile
 from fastsae.report.tables import consistency_content, in_model_content
-from fastsae.report.text import duration, esc, flat, percent, setting, short
+from fastsae.report.text import cut, duration, esc, flat, percent, setting, short
 from fastsae.report.training import training_about, training_charts
 
 _SETTINGS = 100  # shown of a table
@@ -111,7 +111,7 @@ def _in_model_tile(found: Mapping[str, Any]) -> list[str]:
     remark = (
         f"nats of next-token loss with the SAE in {model}; CE score {ce:.4f}, KL score {kl:.4f}"
     )
-    return [_tile("Loss in the model", f"{loss:+.4f}", remark)]
+    return [tile("Loss in the model", f"{loss:+.4f}", remark)]
 
 
 # ---- configuration ----
