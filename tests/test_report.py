@@ -21,6 +21,7 @@ from test_data import write_set
 from fastsae import SAE, SAEConfig, Selection, TopK
 from fastsae.cli import main
 from fastsae.contexts import PAD, Contexts
+from fastsae.corpus import digest
 from fastsae.data import SAMPLES, Source, load_sample, open_source, split
 from fastsae.matching import cosine_histogram
 from fastsae.report import charts, latents, portrait, tables, write_report
@@ -556,6 +557,12 @@ COMPARED = {
 }
 
 
+def write_in_model(run: Path, figures: dict[str, Any], sae: SAE | None = None) -> None:
+    """Figures of the weights of `sae`."""
+    figures = {**figures, "sae": digest(tiny_sae() if sae is None else sae)}
+    (run / "in_model.json").write_text(json.dumps(figures))
+
+
 def table_of(text: str, kind: str) -> list[list[str]]:
     (found,) = re.findall(rf'<table class="{kind}">(.*?)</table>', text, re.DOTALL)
     lines = re.findall(r"<tr>(.*?)</tr>", found, re.DOTALL)
@@ -563,7 +570,7 @@ def table_of(text: str, kind: str) -> list[list[str]]:
 
 
 def test_figures_in_the_model_are_those_of_the_file(run: Path) -> None:
-    (run / "in_model.json").write_text(json.dumps(IN_MODEL))
+    write_in_model(run, IN_MODEL)
     text = write_report(run, tiny_sae(), open_source(rows(9))).read_text()
     assert "In the language model" in assert_self_contained(text).texts["h2"]
     head, *lines = table_of(text, "meanings")
@@ -576,8 +583,13 @@ def test_figures_in_the_model_are_those_of_the_file(run: Path) -> None:
         ("l0", "3"),
         ("splice", "rows"),
         ("groups.massive.fvu", "0.5000"),
+        ("sae", digest(tiny_sae())),
     ]
     assert all(bool(meaning) == (name in tables.IN_MODEL) for name, _, meaning in lines)
+    other = tiny_sae()
+    other.W_dec.data[0, 0] += 1
+    left_out = write_report(run, other, open_source(rows(9))).read_text()
+    assert "In the language model" not in assert_self_contained(left_out).texts["h2"]
 
 
 def test_what_runs_have_in_common_is_that_of_the_file(run: Path) -> None:
@@ -605,7 +617,7 @@ def test_what_runs_have_in_common_is_that_of_the_file(run: Path) -> None:
 @pytest.mark.parametrize("value", [None, "x", [], [None], {}, {"a": 1}, 10**400, True, [[[]]]])
 def test_strange_figures_leave_things_out(run: Path, value: Any) -> None:
     """A file of another version, or of someone else: what cannot be shown is not."""
-    (run / "in_model.json").write_text(json.dumps(dict.fromkeys(IN_MODEL, value)))
+    write_in_model(run, dict.fromkeys(IN_MODEL, value))
     pair = dict.fromkeys(COMPARED["pairs"][0], value)  # type: ignore[index]
     files = [dict.fromkeys(COMPARED, value), {**COMPARED, "runs": value, "pairs": [pair, value]}]
     for compared in files:
@@ -631,7 +643,7 @@ def test_hostile_text_is_only_text(tmp_path: Path) -> None:
     train = {text: text for text in HOSTILE}
     write_log(run, [{"config": {"sae": {}, "train": train}, "engine": train}, *log_lines(3)[1:]])
     (run / "run.json").write_text(json.dumps({"data": HOSTILE[0], "nested": {HOSTILE[1]: train}}))
-    (run / "in_model.json").write_text(json.dumps(train))
+    write_in_model(run, train)
     compared = {**COMPARED, "runs": HOSTILE, "pairs": [{"runs": [HOSTILE[i], i]} for i in range(7)]}
     (run / "consistency.json").write_text(json.dumps(compared))
     source = with_tokens(rows(60), dict(enumerate(HOSTILE)))
@@ -661,10 +673,10 @@ def test_the_file_stays_small(tmp_path: Path) -> None:
     write_log(tmp_path, lines)
     wide = {f"k{i}": "<" * 300 for i in range(20_000)}
     (tmp_path / "run.json").write_text(json.dumps(wide))
-    (tmp_path / "in_model.json").write_text(json.dumps(wide))
     many = {**COMPARED, "runs": ["<" * 300] * 500, "pairs": COMPARED["pairs"] * 5000}  # type: ignore[operator]
     (tmp_path / "consistency.json").write_text(json.dumps({**many, "gt_mcc": [0.5] * 5000}))
     sae = tiny_sae(d_in=2, d_sae=1 << 17, rule=TopK(40))
+    write_in_model(tmp_path, wide, sae)
     words = {i: '"' * 1000 for i in range(7)}
     path = write_report(tmp_path, sae, with_tokens(rows(300, 2), words))
     assert_self_contained(path.read_text())
