@@ -18,7 +18,9 @@ from svg import COLOURS, Bar, bars, curves
 from tables import TABLES, label_of, results, shape_of, short
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/benchmarks.md", "docs/wide.md"))
+PAGES = tuple(
+    ROOT / page for page in ("README.md", "docs/benchmarks.md", "docs/harvest.md", "docs/wide.md")
+)
 FIGURES = ROOT / "docs" / "figures"
 MARKED = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
