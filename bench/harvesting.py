@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -54,7 +54,8 @@ def trained(model: LanguageModel, args: argparse.Namespace, together: bool) -> N
             runs.train(of.config, of.rows, of.holdout, of.settings, Path(folder) / site, {})
 
 
-def measured(works: dict[str, Callable[[], None]], repeats: int) -> list[Row]:
+def measured(works: dict[str, Callable[[], None]], repeats: int) -> Iterator[list[Row]]:
+    """The rows after each turn, one of each work."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     busy: dict[str, Row] = {}
     for _ in range(repeats):
@@ -67,13 +68,15 @@ def measured(works: dict[str, Callable[[], None]], repeats: int) -> list[Row]:
                 )
             busy[name] = watch.columns()
             print(name, seconds[name][-1], busy[name], file=sys.stderr, flush=True)
-    rows = []
-    for name, found in seconds.items():
-        wall, cpu = zip(*found, strict=True)
-        figures = {"seconds": statistics.median(wall), "cpu_seconds": statistics.median(cpu)}
-        spread = {"min_seconds": min(wall), "max_seconds": max(wall), "runs": repeats}
-        rows.append({"op": name, **figures, **spread, **busy[name]})
-    return rows
+        yield [row(name, found) | busy[name] for name, found in seconds.items()]
+
+
+def row(name: str, seconds: list[tuple[float, float]]) -> Row:
+    """The median and range of runs, each in seconds of the clock and of the CPU."""
+    wall, cpu = zip(*seconds, strict=True)
+    figures = {"seconds": statistics.median(wall), "cpu_seconds": statistics.median(cpu)}
+    spread = {"min_seconds": min(wall), "max_seconds": max(wall), "runs": len(wall)}
+    return {"op": name, **figures, **spread}
 
 
 def main() -> None:
@@ -106,13 +109,15 @@ def main() -> None:
     common: Row = {"bench": "harvesting", "model": args.model, "threads": torch.get_num_threads()}
     common |= {"rows": args.rows, "window": 128, "windows": args.windows, "steps": args.steps}
     common |= {"n": args.batch_size, "f": args.d_sae, "buffer_rows": args.buffer}
-    rows = [{**common, **row, **machine()} for row in measured(works, args.repeats)]
-    for row in rows:
-        if row["op"].startswith("harvest"):
-            row["rows_per_s"] = args.rows / row["seconds"]
-            row["rows_per_cpu_s"] = args.rows / row["cpu_seconds"]
-        print(f"{row['op']:32} {row['seconds']:8.1f} s  {row['cpu_seconds']:8.1f} s of CPU")
-    outputs(rows, args)
+    rows: list[Row] = []
+    for found in measured(works, args.repeats):
+        rows = [{**common, **one, **machine()} for one in found]
+        for one in rows[:2]:
+            one["rows_per_s"] = args.rows / one["seconds"]
+            one["rows_per_cpu_s"] = args.rows / one["cpu_seconds"]
+        outputs(rows, args)  # as far as it has come
+    for one in rows:
+        print(f"{one['op']:32} {one['seconds']:8.1f} s  {one['cpu_seconds']:8.1f} s of CPU")
     say_busy(rows)
 
 

@@ -26,7 +26,7 @@ PAGES = tuple(
     ROOT / page
     for page in (
         "README.md",
-        *(f"docs/{name}.md" for name in ("benchmarks", "wide", "steering", "lora")),
+        *(f"docs/{name}.md" for name in ("benchmarks", "harvest", "wide", "steering", "lora")),
     )
 )
 FIGURES = ROOT / "docs" / "figures"

@@ -250,6 +250,20 @@ def quality_table() -> str:
     return table(["", "steps", "in", "held-out FVU"], lines)
 
 
+def harvesting_table() -> str:
+    """Seconds of the clock and of the CPU, and what was harvested in one of these."""
+    lines = [
+        [
+            row["op"],
+            f"{row['seconds']:.0f} s",
+            f"{row['cpu_seconds']:.0f} s",
+            f"{row['rows_per_cpu_s']:.0f}" if "rows_per_cpu_s" in row else "",
+        ]
+        for row in results("harvesting", "smollm2")
+    ]
+    return table(["", "clock", "CPU", "rows of each site a second of the CPU"], lines)
+
+
 def machine_line(*parts: str) -> str:
     return measured_on([row for part in parts for row in results(part)])
 
@@ -264,6 +278,8 @@ TABLES = {
     "ranks": ranks_table,
     "width": width_table,
     "quality": quality_table,
+    "harvesting": harvesting_table,
+    "machine of harvesting": lambda: measured_on(results("harvesting", "smollm2")),
     "machine of scaling": lambda: machine_line("scaling"),
     "machine of step": lambda: machine_line("step", "peers"),
     "machine of ops": lambda: machine_line("ops"),

@@ -16,6 +16,7 @@ from test_harvest_sites import passes
 
 from fastsae import SAE, cli, plan, suite
 from fastsae.commands.suite import read_suite
+from fastsae.commands.train import layered
 from fastsae.harvest import harvest_sites
 from fastsae.sae import SAEOutput
 from fastsae.train import Trainer
@@ -297,8 +298,6 @@ def test_a_rule_and_its_k_are_those_of_the_inner_table(tmp_path: Path) -> None:
     file.write_text(json.dumps({"data": "x", "d_sae": 9, "selection": rule, **own}))
     found = read_suite(file)
     assert list(found) == ["a", "b"] and found["a"][0]["selection"] == rule
-    from fastsae.commands.train import layered
-
     given, parameters = layered(found["a"])
     assert "--k=4" in given and "--selection=matryoshka" in given and parameters == {}
     assert layered(found["b"])[1] == {}
