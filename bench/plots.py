@@ -13,12 +13,18 @@ import re
 import sys
 from pathlib import Path
 
+from in_model import TABLES as IN_MODEL
 from rows import Row
 from svg import COLOURS, Bar, bars, curves
-from tables import TABLES, label_of, results, shape_of, short
+from tables import TABLES as OTHERS
+from tables import label_of, results, shape_of, short
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/benchmarks.md", "docs/wide.md"))
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", "docs/benchmarks.md", "docs/wide.md", "docs/evaluation.md")
+)
+TABLES = OTHERS | IN_MODEL
 FIGURES = ROOT / "docs" / "figures"
 MARKED = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
