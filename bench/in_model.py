@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rows import Row, add_outputs, machine, outputs
-from tables import measured_on, results, table
+from tables import results, table
 
 from fastsae.files import read_json
 
@@ -116,7 +116,6 @@ TABLES = {
     "evaluation by group": groups_table,
     "sparse probing": probing_table,
     "absorption": absorption_table,
-    "machine of evaluation": lambda: measured_on(results("in-model", SET)),
 }
 
 

@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+from in_model import TABLES as IN_MODEL
 from rows import Row
 from steering_tables import TABLES as STEERING_TABLES
 from steering_tables import steering_figure
@@ -21,12 +22,15 @@ from tables import TABLES as STEP_TABLES
 from tables import label_of, results, shape_of, short
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = STEP_TABLES | STEERING_TABLES
+TABLES = STEP_TABLES | STEERING_TABLES | IN_MODEL
 PAGES = tuple(
     ROOT / page
     for page in (
         "README.md",
-        *(f"docs/{name}.md" for name in ("benchmarks", "harvest", "wide", "steering", "lora")),
+        *(
+            f"docs/{name}.md"
+            for name in ("benchmarks", "evaluation", "harvest", "wide", "steering", "lora")
+        ),
     )
 )
 FIGURES = ROOT / "docs" / "figures"

@@ -20,10 +20,11 @@ four fifths train and the others test. For each letter:
 
 Scores of a letter are means over these words, scores of an SAE means over its letters.
 
-What differs from SAEBench: main latents are ranked by difference of means, there by an
-L1-regularised probe on all latents; the examples before a word are the ten lines or
-more before it, there up to 10 drawn for each word. The paper's text has other constants for
-the fraction (share 0, fraction_cosine −1, no bound on absorbers); these are the code's.
+What differs from SAEBench: probes are the optimum that `fit_probe` says, there 50 epochs of Adam,
+so p and all cosines with it differ; main latents are ranked by difference of means, there by an
+L1-regularised probe on all latents; the examples before a word are the ten lines or more before it,
+there up to 10 drawn for each word. The paper's text has other constants for the fraction (share 0,
+fraction_cosine −1, no bound on absorbers); these are the code's.
 
 Caution. An SAE that is trained too little has few latents for single words, so nothing absorbs and
 the score is low; so it is where main latents fire on everything. SAEBench advises models of at
