@@ -74,8 +74,10 @@ class History:
 
 def read_history(run: Path) -> History:
     """Reads what there is of the run's files. ValueError: a .json file is no object."""
-    names = ("metrics", "run", "in_model")
-    history = History(**{name: _object(run / f"{name}.json") for name in names})
+    metrics, options, in_model = (
+        _object(run / f"{name}.json") for name in ("metrics", "run", "in_model")
+    )
+    history = History(metrics=metrics, run=options, in_model=in_model)
     log = run / "log.jsonl"
     if not log.is_file():
         return history
