@@ -22,11 +22,11 @@ class Place:
     text: tuple[Path, ...] = ()
     """Files to measure on, with a model: .txt, or .jsonl with a field "text"."""
     layer: int | None = None
-    """The block, counted from 1."""
+    """The block, counted from 1; None: that of the run's data."""
     site: Site | None = None
-    """Output of the block (residual), of its MLP or of its attention."""
+    """Output of the block (residual), of its MLP or of its attention; None: as the data."""
     window: int | None = None
-    """Positions that the model reads at once, special tokens included."""
+    """Positions that the model reads at once, special tokens included; None: as the data."""
     tokens: int = 50_000
     """Positions to measure on, in random windows."""
     seen: bool = False
