@@ -32,12 +32,14 @@ from rows import Row, add_outputs, machine, outputs, say_busy
 from torch import Tensor, nn
 
 from fastsae import runs
-from fastsae.harvest import cut_windows, window_order
+from fastsae.data import permutation
+from fastsae.harvest import cut_windows
 from fastsae.models import load_model
 from fastsae.sae import SAE
 from fastsae.sites import find_module
 from fastsae.steering import steered
 
+_OF_WINDOWS = 3  # the permutation that fastsae.harvest orders windows by
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -121,7 +123,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     module = find_module(model.net, index["site"], index["layer"])
     windows, _ = cut_windows(model.tokenizer, args.text, index["window"])
     n_train = args.steps * args.batch
-    order = window_order(len(windows), index["seed"])[-args.held_out - n_train :]
+    order = permutation(len(windows), index["seed"], _OF_WINDOWS)[-args.held_out - n_train :]
     if len(order) < args.held_out + n_train:
         raise ValueError(f"text: expected {args.held_out + n_train} windows, got {len(order)}")
     ids = torch.from_numpy(windows[order]).long()

@@ -56,7 +56,7 @@ from fastsae.shards import (
     write_index,
     write_shard,
 )
-from fastsae.sites import Reached, Site, edited, find_module
+from fastsae.sites import Site, edited, find_module
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 Ids = npt.NDArray[np.int32]
@@ -125,7 +125,7 @@ def harvest(
         )
     windows, special = cut_windows(model.tokenizer, text, config.window)
     positions = _kept_positions(config, special, model.causal)
-    order = window_order(len(windows), config.seed)
+    order = permutation(len(windows), config.seed, _WINDOWS)
     if config.rows is not None:
         if config.rows > len(windows) * len(positions):
             raise ValueError(
@@ -157,11 +157,6 @@ def harvest(
         write_index(out, index)
         runner.write(out, parts, missing)
     return ActivationSet(out)
-
-
-def window_order(n: int, seed: int) -> npt.NDArray[np.int64]:
-    """The order in which the n windows of a text are harvested; int64 [n]."""
-    return permutation(n, seed, _WINDOWS)
 
 
 def documents(path: Path) -> list[str]:
@@ -231,6 +226,10 @@ def _kept_positions(config: HarvestConfig, special: tuple[int, int], causal: boo
             f"got {config.window}"
         )
     return np.arange(before, config.window - after, dtype=np.int32)
+
+
+class _Reached(Exception):
+    """Ends a forward pass behind the module that was wanted."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +306,7 @@ class _Runner:
                 raise ValueError(f"{name}: expected {expected}, got {list(x.shape)}")
             found.append(x.detach().requires_grad_(gradients))
             if not gradients:
-                raise Reached
+                raise _Reached
             return found[-1]
 
         try:
@@ -318,7 +317,7 @@ class _Runner:
             ):
                 options = {"use_cache": False} if self.model.causal else {}
                 output = net(input_ids=batch, **options)
-        except Reached:
+        except _Reached:
             return (found[0],)
         if not found:
             raise ValueError(f"{self.model.name} does not run its {type(self.module).__name__}")

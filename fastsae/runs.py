@@ -61,6 +61,19 @@ def options_of(run: Path) -> dict[str, Any]:
     return read_json(run / "run.json")
 
 
+def harvested(run: Path) -> dict[str, Any]:
+    """The index of the set that a run was trained on. ValueError: its data are no such set."""
+    data = options_of(run).get("data")
+    if not isinstance(data, str) or not (Path(data) / "index.json").is_file():
+        raise ValueError(f"{run}: expected a run on a set of fastsae harvest, got one on {data!r}")
+    index = read_index(Path(data))
+    for name, kind in (("model", str), ("layer", int), ("site", str)):
+        if not isinstance(index.get(name), kind):
+            got = repr(index.get(name))
+            raise ValueError(f"{data}: {name}: expected it as harvest wrote it, got {got:.80}")
+    return index
+
+
 def check_same(run: Path, options: dict[str, Any]) -> None:
     """ValueError: a run would go on with other options than it began with.
 
@@ -205,19 +218,6 @@ def held_out(run: Path, gradients: bool = False) -> Source:
     if not rows.n_rows:
         raise ValueError(f"{run}: expected data, as the run held no rows out")
     return rows
-
-
-def harvested(run: Path) -> dict[str, Any]:
-    """The index of the set that a run was trained on. ValueError: its data are no such set."""
-    data = options_of(run).get("data")
-    if not isinstance(data, str) or not (Path(data) / "index.json").is_file():
-        raise ValueError(f"{run}: expected a run on a set of fastsae harvest, got one on {data!r}")
-    index = read_index(Path(data))
-    for name, kind in (("model", str), ("layer", int), ("site", str)):
-        if not isinstance(index.get(name), kind):
-            got = repr(index.get(name))
-            raise ValueError(f"{data}: {name}: expected it as harvest wrote it, got {got:.80}")
-    return index
 
 
 def _split_of(run: Path, gradients: bool) -> tuple[Source, Source]:

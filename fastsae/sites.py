@@ -79,7 +79,7 @@ def edited(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[No
         handle.remove()
 
 
-class Reached(Exception):
+class _Reached(Exception):
     """Ends a forward pass behind the module that was wanted."""
 
 
@@ -92,9 +92,9 @@ def output_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
 
     def keep(x: Tensor) -> Tensor:
         found.append(x)
-        raise Reached
+        raise _Reached
 
-    with edited(module, keep), contextlib.suppress(Reached):
+    with edited(module, keep), contextlib.suppress(_Reached):
         run()
     if not found:
         raise ValueError(f"expected a model that runs its {type(module).__name__}, got none")
