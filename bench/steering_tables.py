@@ -62,6 +62,8 @@ def lora_table() -> str:
     """Held-out figures over training tokens."""
     lines = [
         [
+            f"{row['lr']:g}",
+            f"{row['held_out_tokens']:,}",
             f"{row['tokens']:,}",
             f"{row['seconds']:.0f} s",
             f"{row['ce_model']:.4f}",
@@ -71,7 +73,16 @@ def lora_table() -> str:
         ]
         for row in results("lora", OF)
     ]
-    head = ["training tokens", "training", "CE, model", "CE, spliced", "gap", "KL"]
+    head = [
+        "learning rate",
+        "held out",
+        "training tokens",
+        "training",
+        "CE, model",
+        "CE, spliced",
+        "gap",
+        "KL",
+    ]
     return table(head, lines)
 
 

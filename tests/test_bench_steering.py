@@ -117,8 +117,16 @@ def test_tables_follow_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(
         name.replace("'", "&#x27;") in drawn or name in drawn for name in steering.WAYS.values()
     )
-    lora = {"tokens": 10240, "seconds": 61.4, "ce_model": 3.0, "ce_spliced": 3.5, "gap": 0.5}
+    lora = {
+        "lr": 3e-4,
+        "held_out_tokens": 1536,
+        "tokens": 10240,
+        "seconds": 61.4,
+        "ce_model": 3.0,
+        "ce_spliced": 3.5,
+        "gap": 0.5,
+    }
     monkeypatch.setattr(steering_tables, "results", lambda part, of: [lora | {"kl": 0.25}])
     assert steering_tables.lora_table().splitlines()[-1] == (
-        "| 10,240 | 61 s | 3.0000 | 3.5000 | 0.5000 | 0.2500 |"
+        "| 0.0003 | 1,536 | 10,240 | 61 s | 3.0000 | 3.5000 | 0.5000 | 0.2500 |"
     )
