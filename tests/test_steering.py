@@ -237,6 +237,24 @@ def test_several_sites_and_steers_within_steers() -> None:
         assert torch.equal(net(x), plain)
 
 
+@torch.no_grad()
+def test_other_hooks_see_what_takes_the_place() -> None:
+    """As those of transformers, which are there from the first run that kept hidden states."""
+    net, x, a, b = nn.Identity(), randn(6, D), randn(D, seed=1), randn(D, seed=2)
+    seen: list[Tensor] = []
+    net.register_forward_hook(lambda module, args, output: seen.append(output))
+    with steered(net, toward(a)), steered(net, toward(b)):
+        assert torch.equal(net(x), x + a + b)
+    net(x)
+    assert torch.equal(seen[0], x + a + b) and torch.equal(seen[1], x)
+    first, second = steered(net, toward(a)), steered(net, toward(b))
+    with first:
+        second.__enter__()
+    assert torch.equal(net(x), x + b)
+    second.__exit__(None, None, None)
+    assert torch.equal(net(x), x) and len(net._forward_hooks) == 1
+
+
 def test_hooks_are_gone_after_an_exception() -> None:
     net, sae, x = Stack(), sae_of(), randn(6, D)
     plain = net(x)
