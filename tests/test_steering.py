@@ -196,6 +196,17 @@ def test_chosen_positions(positions, kept: list[int], batch: tuple[int, ...]) ->
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize(
+    "positions", [slice(5, None), torch.zeros(5).bool()], ids=["slice", "mask"]
+)
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["rows", "batch"])
+def test_no_position(positions, batch: tuple[int, ...]) -> None:
+    """As behind the first of a prompt of one token."""
+    sae, x = sae_of(), randn(*batch, 5, D)
+    for change in (ablate(sae, [1]), clamp(sae, [1, 2], 3.0), toward(randn(D))):
+        assert torch.equal(through(x, change, positions=positions), x)
+
+
 def test_a_direction_for_each_position() -> None:
     x, direction = randn(2, 5, D), randn(5, D, seed=1)
     assert torch.equal(through(x, toward(direction, -2.0)), x - 2 * direction)
