@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastsae.activations import activations
 from fastsae.files import sha256
-from fastsae.models import LanguageModel
+from fastsae.models import LanguageModel, check_window
 from fastsae.order import permutation
 from fastsae.sites import Site, find_module
 from fastsae.windows import Ids, cut_windows, window_order
@@ -54,7 +54,11 @@ class At:
             yield ids[first : first + self.batch_size]
 
     def activations(self, model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
-        """x [n, window, D] of each batch; the model runs no further than the site."""
+        """x [n, window, D] of each batch; the model runs no further than the site.
+
+        ValueError: as `module`, and windows longer than the model can read.
+        """
+        check_window(model, ids.shape[1])
         modules = {"": self.module(model)}
         for batch in self.batches(ids):
             yield activations(model, modules, batch, bf16_model=self.bf16_model)[""]["x"]
