@@ -12,13 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastsae.models import LanguageModel
+from fastsae.models import LanguageModel, check_causal
 from fastsae.sites import output_of
-
-
-def check_causal(model: LanguageModel) -> None:
-    if not model.causal:
-        raise ValueError(f"model: expected a causal language model, got {model.name}")
 
 
 @torch.no_grad()

@@ -101,6 +101,12 @@ def load_model(name: str, cache: Path, device: str = "cpu") -> LanguageModel:
     )
 
 
+def check_causal(model: LanguageModel) -> None:
+    """ValueError: an encoder."""
+    if not model.causal:
+        raise ValueError(f"model: expected a causal language model, got {model.name}")
+
+
 def check_window(model: LanguageModel, window: int) -> None:
     """ValueError: more positions than the model was made for."""
     limit = getattr(getattr(model.net, "config", None), "max_position_embeddings", None)
