@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastsae.models import LanguageModel, check_causal
 from fastsae.sites import output_of
+from fastsae.windows import special_tokens
 
 
 @torch.no_grad()
@@ -77,7 +78,9 @@ def continued(
 
 
 def _ids(model: LanguageModel, text: str) -> list[int]:
-    return list(model.tokenizer(text)["input_ids"])
+    """Behind the special tokens that begin a text; those that end it would end what goes on."""
+    ids = list(model.tokenizer(text)["input_ids"])
+    return ids[: len(ids) - len(special_tokens(model.tokenizer)[1])]
 
 
 def _device(model: LanguageModel) -> torch.device:
