@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsae.models import LanguageModel
+from fastsae.models import LanguageModel, check_window
 from fastsae.order import RowIndex
 from fastsae.shards import DTYPES, LABELS
 from fastsae.sites import Reached, Site, edited, find_module
@@ -129,11 +129,7 @@ class SiteReader:
             )
         if config.gradients and not model.causal:
             raise ValueError(f"gradients: expected a causal language model, got {model.name}")
-        limit = getattr(getattr(model.net, "config", None), "max_position_embeddings", None)
-        if limit is not None and config.window > limit:
-            raise ValueError(
-                f"window: expected at most the {limit} of {model.name}, got {config.window}"
-            )
+        check_window(model, config.window)
         self.windows, special = cut_windows(model.tokenizer, text, config.window)
         self.positions = _kept_positions(config, special, model.causal)
         """Those of a window that give rows, int32."""

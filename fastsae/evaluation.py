@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastsae.activations import activations
 from fastsae.files import sha256
-from fastsae.models import LanguageModel
+from fastsae.models import LanguageModel, check_causal, check_window
 from fastsae.order import permutation
 from fastsae.sites import Site, find_module
 from fastsae.windows import Ids, cut_windows, window_order
@@ -42,8 +42,7 @@ class At:
         if self.site not in get_args(Site):
             expected = ", ".join(get_args(Site))
             raise ValueError(f"site: expected one of {expected}, got {self.site!r}")
-        if not model.causal:
-            raise ValueError(f"model: expected a causal language model, got {model.name}")
+        check_causal(model)
         if model.net.training:
             raise ValueError(f"{model.name}: expected a model in eval mode, got training mode")
         return find_module(model.net, self.site, self.layer)
@@ -54,7 +53,11 @@ class At:
             yield ids[first : first + self.batch_size]
 
     def activations(self, model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
-        """x [n, window, D] of each batch; the model runs no further than the site."""
+        """x [n, window, D] of each batch; the model runs no further than the site.
+
+        ValueError: as `module`, and windows longer than the model can read.
+        """
+        check_window(model, ids.shape[1])
         modules = {"": self.module(model)}
         for batch in self.batches(ids):
             yield activations(model, modules, batch, bf16_model=self.bf16_model)[""]["x"]

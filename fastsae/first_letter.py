@@ -22,7 +22,7 @@ READ = 30
 """Words of a prompt that are read."""
 TRAIN_SHARE = 0.8
 
-_WORDS = 7  # what the permutation is for: see fastsae.data
+_WORDS = 7  # what the permutation is for: see fastsae.order
 
 
 def letter_words(tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -80,6 +80,8 @@ def absorption_in_model(
     n_words: so many of the vocabulary's words, at random but always the same; None: all.
     ValueError: too few words, or a model or site that does not fit.
     """
+    if n_words is not None and n_words < 1:
+        raise ValueError(f"n_words: expected at least 1, got {n_words}")
     words, letter = letter_words(model.tokenizer)
     order = torch.from_numpy(permutation(len(words), 0, _WORDS))[:n_words]
     words, letter = words[order], letter[order]

@@ -12,13 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastsae.models import LanguageModel
+from fastsae.models import LanguageModel, check_causal
 from fastsae.sites import output_of
-
-
-def check_causal(model: LanguageModel) -> None:
-    if not model.causal:
-        raise ValueError(f"model: expected a causal language model, got {model.name}")
+from fastsae.windows import special_tokens
 
 
 @torch.no_grad()
@@ -82,7 +78,9 @@ def continued(
 
 
 def _ids(model: LanguageModel, text: str) -> list[int]:
-    return list(model.tokenizer(text)["input_ids"])
+    """Behind the special tokens that begin a text; those that end it would end what goes on."""
+    ids = list(model.tokenizer(text)["input_ids"])
+    return ids[: len(ids) - len(special_tokens(model.tokenizer)[1])]
 
 
 def _device(model: LanguageModel) -> torch.device:

@@ -13,6 +13,7 @@ logits. No matrix of directions times V exists: the streaming encoder keeps the 
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -113,5 +114,6 @@ def _scale_of(norm: nn.Module, width: int, device: torch.device) -> Tensor:
     """
     signs = 1.0 - 2.0 * (torch.arange(width, device=device) % 2)
     x = 1024 * (signs - signs.mean())
+    norm = copy.deepcopy(norm).float()
     there, back = norm(x[None, None]), norm(-x[None, None])
     return (there - back)[0, 0] / 2 / (x / x.square().mean().sqrt())

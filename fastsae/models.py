@@ -101,6 +101,19 @@ def load_model(name: str, cache: Path, device: str = "cpu") -> LanguageModel:
     )
 
 
+def check_causal(model: LanguageModel) -> None:
+    """ValueError: an encoder."""
+    if not model.causal:
+        raise ValueError(f"model: expected a causal language model, got {model.name}")
+
+
+def check_window(model: LanguageModel, window: int) -> None:
+    """ValueError: more positions than the model was made for."""
+    limit = getattr(getattr(model.net, "config", None), "max_position_embeddings", None)
+    if limit is not None and window > limit:
+        raise ValueError(f"window: expected at most the {limit} of {model.name}, got {window}")
+
+
 def _pinned_file(pinned: Pinned) -> Path:
     spec = importlib.util.find_spec(pinned.module)
     if spec is None or not spec.submodule_search_locations:

@@ -30,7 +30,7 @@ TRAIN_SHARE = 0.8
 LEAST = 20
 """Test rows of each class below which a label is left out."""
 
-_SPLIT, _CHOICE = 5, 6  # what the permutations are for: see fastsae.data
+_SPLIT, _CHOICE = 5, 6  # what the permutations are for: see fastsae.order
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,14 @@ def sparse_probing(
     x [N, D]; each label is bool [N]; window [N] int64 says which rows belong together: a random
     TRAIN_SHARE of the windows trains, the others test. Both parts have as many rows of either
     class, so guessing reaches an accuracy of 0.5. Labels with too few rows are named as left out.
-    ValueError: x or ks that do not fit.
+    ValueError: x, ks or per_class that do not fit.
     """
     if x.ndim != 2 or x.shape[1] != sae.config.d_in:
         raise ValueError(f"x: expected [N, {sae.config.d_in}], got {list(x.shape)}")
     if not ks or min(ks) < 1 or max(ks) > sae.config.d_sae:
         raise ValueError(f"ks: expected numbers in [1, {sae.config.d_sae}], got {list(ks)}")
+    if per_class < 4 * LEAST:
+        raise ValueError(f"per_class: expected at least {4 * LEAST}, got {per_class}")
     codes = codes_of(sae, open_source(x))
     numbers, of_row = window.unique(return_inverse=True)
     order = torch.from_numpy(permutation(len(numbers), 0, _SPLIT))

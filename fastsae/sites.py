@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -16,6 +17,11 @@ _PARTS = {
     "attention": ("self_attn", "attn", "attention.output.dense", "attention"),
     "mlp": ("mlp", "ffn", "output.dense"),
 }
+
+# The edits of each module that has some, in order, and the handle of the one hook that makes them.
+_EDITS: WeakKeyDictionary[nn.Module, tuple[list[Callable[[object], object]], Any]] = (
+    WeakKeyDictionary()
+)
 
 
 def find_module(net: nn.Module, site: Site, layer: int) -> nn.Module:
@@ -57,11 +63,12 @@ def edited(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[No
     """Within it, change(x) takes the place of what the module returns: of x, or of the first part
     of a tuple (a block's hidden states).
 
-    Edits of one module are made in the order in which they were entered. TypeError: the module
-    returns neither.
+    Edits of one module are made in the order in which they were entered, and before all other
+    forward hooks: those by which transformers keeps hidden_states see what takes x's place.
+    TypeError: the module returns neither.
     """
 
-    def hook(_module: nn.Module, _args: object, output: object) -> object:
+    def edit(output: object) -> object:
         if isinstance(output, Tensor):
             return change(output)
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
@@ -72,11 +79,24 @@ def edited(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[No
             f"begins with one, got {got}"
         )
 
-    handle = module.register_forward_hook(hook)
+    if module not in _EDITS:
+        edits: list[Callable[[object], object]] = []
+
+        def hook(_module: nn.Module, _args: object, output: object) -> object:
+            for made in edits:
+                output = made(output)
+            return output
+
+        _EDITS[module] = edits, module.register_forward_hook(hook, prepend=True)
+    edits, handle = _EDITS[module]
+    edits.append(edit)
     try:
         yield
     finally:
-        handle.remove()
+        edits.remove(edit)
+        if not edits:
+            handle.remove()
+            del _EDITS[module]
 
 
 class Reached(Exception):

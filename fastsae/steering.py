@@ -200,7 +200,7 @@ def _sum(coefficients: Tensor, units: Tensor) -> Tensor:
     """Σ coefficients_i units_i: (…, m) and (m, D) → (…, D), each sum in one order."""
     rows = coefficients.reshape(-1, len(units))
     ids = torch.arange(len(units), dtype=torch.int32, device=units.device).expand_as(rows)
-    return ops.decode(rows, ids, units).reshape(*coefficients.shape[:-1], -1)
+    return ops.decode(rows, ids, units).reshape(*coefficients.shape[:-1], units.shape[1])
 
 
 def _moved(x: Tensor, shift: Tensor) -> Tensor:

@@ -213,6 +213,7 @@ def model_of_pairs() -> LanguageModel:
     for pair in range(26 * 26):  # the first letter lies on a circle: a probe may find it
         angle = torch.tensor(pair // 26 / 26 * 2 * torch.pi)
         net.embed.weight.data[FIRST + pair, :2] = 3 * torch.stack([angle.cos(), angle.sin()])
+    net.config.max_position_embeddings = 4096
     return replace(causal(), net=net, tokenizer=Pairs())
 
 
@@ -262,6 +263,11 @@ def test_rows_are_those_of_the_words() -> None:
     loose = absorption_in_model(sae, model, at, n_words=420, criteria=criteria)
     assert loose["n_letters"] > 3
     assert absorption_in_model(sae, model, at, criteria=criteria)["n_words"] == 676
+    with pytest.raises(ValueError, match="n_words: expected at least 1, got -5"):
+        absorption_in_model(sae, model, at, n_words=-5)
+    model.net.config.max_position_embeddings = 64
+    with pytest.raises(ValueError, match="window: expected at most the 64 of tiny, got"):
+        absorption_in_model(sae, model, at, n_words=420)
 
 
 def test_the_command_writes_absorption(

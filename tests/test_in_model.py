@@ -246,6 +246,13 @@ def test_what_does_not_fit_is_refused(changes: dict, message: str) -> None:
     assert message in str(error.value)
 
 
+def test_windows_that_the_model_cannot_read_are_refused() -> None:
+    model = language_model()
+    model.net.config = SimpleNamespace(max_position_embeddings=WINDOW - 1)
+    with pytest.raises(ValueError, match=f"window: expected at most the {WINDOW - 1} of tiny"):
+        evaluate_in_model(random_sae(), model, windows(), AT)
+
+
 # ---- windows, and which were seen ----
 
 TEXTS = ["the quick brown fox jumps over the lazy dog, " * 6, "it was the best of times, " * 9]
@@ -359,7 +366,8 @@ def test_eval_in_a_model_refuses_in_one_line(
 ) -> None:
     SAE.load(run).save(tmp_path / "alone")
     cases = [
-        ((run, "--text", text[0]), "model: expected one with text or another place in it"),
+        ((run, "--text", text[0]), "model: expected one with text, a place or splice, got none"),
+        ((run, "--splice", "all"), "model: expected one with text, a place or splice, got none"),
         ((run, "--model", "tiny"), "text: expected at least one file, got none"),
         (
             (run, "--model", "tiny", "--text", text[0]),

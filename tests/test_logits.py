@@ -51,12 +51,13 @@ def model(net: nn.Module, causal: bool = True) -> LanguageModel:
     return LanguageModel("tiny", net.eval().requires_grad_(False), None, causal, {})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm, GemmaNorm])
 @pytest.mark.parametrize("d", [6, 7])
-def test_the_scale_of_the_final_norm_is_folded_in(kind: Any, d: int) -> None:
-    net = Causal(kind(d), d)
-    scale = net.final.weight + 1 if kind is GemmaNorm else net.final.weight
-    expected = net.head.weight.double() * scale.double()
+def test_the_scale_of_the_final_norm_is_folded_in(kind: Any, d: int, dtype: torch.dtype) -> None:
+    net = Causal(kind(d), d).to(dtype)
+    scale = net.final.weight.double() + (kind is GemmaNorm)
+    expected = net.head.weight.double() * scale
     found = folded_unembedding(model(net))
     assert found.dtype == torch.float32 and not found.requires_grad
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)

@@ -183,6 +183,9 @@ def test_ks_and_widths_are_checked() -> None:
         with pytest.raises(ValueError) as error:
             sparse_probing(sae, x, labels, window, ks=ks)
         assert str(error.value) == message
+    for per_class in (79, 0, -5):
+        with pytest.raises(ValueError, match=f"per_class: expected at least 80, got {per_class}"):
+            sparse_probing(sae, randn(9, D), labels, window, per_class=per_class)
 
 
 def test_labels_of_tokens() -> None:

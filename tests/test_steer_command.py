@@ -2,12 +2,13 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from common import refusals
-from test_harvest import Causal, Encoder, Tokenizer, transformers
+from test_harvest import CLS, Causal, Encoder, Tokenizer, transformers
 from torch import Tensor
 
 from fastsae import SAE, SAEConfig, TopK, cli, steering
@@ -85,6 +86,16 @@ def test_states_are_those_of_all_tokens_but_the_first() -> None:
     assert torch.equal(states(tiny, module, ids), seen[0])
     found = states_of_texts(tiny, module, ["quick", "brown"])
     torch.testing.assert_close(found, seen[0][:, 1:].flatten(0, 1))
+
+
+def test_special_tokens_that_end_a_text_are_left_out() -> None:
+    """As harvests leave them out; behind them nothing goes on."""
+    tiny = replace(model(), tokenizer=Decoding(special=True))
+    module, ids = find_module(tiny.net, "residual", 2), torch.tensor([[CLS, *b"quick"]])
+    x = states(tiny, module, ids)[0]
+    torch.testing.assert_close(states_of_texts(tiny, module, ["quick"]), x[1:])
+    best = int(tiny.net(ids, use_cache=False).logits[0, -1].argmax())
+    assert continued(tiny, "quick", 1) == tiny.tokenizer.decode([best])
 
 
 @refusals(

@@ -196,6 +196,17 @@ def test_chosen_positions(positions, kept: list[int], batch: tuple[int, ...]) ->
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize(
+    "positions", [slice(5, None), torch.zeros(5).bool()], ids=["slice", "mask"]
+)
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["rows", "batch"])
+def test_no_position(positions, batch: tuple[int, ...]) -> None:
+    """As behind the first of a prompt of one token."""
+    sae, x = sae_of(), randn(*batch, 5, D)
+    for change in (ablate(sae, [1]), clamp(sae, [1, 2], 3.0), toward(randn(D))):
+        assert torch.equal(through(x, change, positions=positions), x)
+
+
 def test_a_direction_for_each_position() -> None:
     x, direction = randn(2, 5, D), randn(5, D, seed=1)
     assert torch.equal(through(x, toward(direction, -2.0)), x - 2 * direction)
@@ -235,6 +246,24 @@ def test_several_sites_and_steers_within_steers() -> None:
     torch.testing.assert_close(three, torch.tanh(at_last - z @ directions(sae, [4, 5]) + c))
     with steered(first):
         assert torch.equal(net(x), plain)
+
+
+@torch.no_grad()
+def test_other_hooks_see_what_takes_the_place() -> None:
+    """As those of transformers, which are there from the first run that kept hidden states."""
+    net, x, a, b = nn.Identity(), randn(6, D), randn(D, seed=1), randn(D, seed=2)
+    seen: list[Tensor] = []
+    net.register_forward_hook(lambda module, args, output: seen.append(output))
+    with steered(net, toward(a)), steered(net, toward(b)):
+        assert torch.equal(net(x), x + a + b)
+    net(x)
+    assert torch.equal(seen[0], x + a + b) and torch.equal(seen[1], x)
+    first, second = steered(net, toward(a)), steered(net, toward(b))
+    with first:
+        second.__enter__()
+    assert torch.equal(net(x), x + b)
+    second.__exit__(None, None, None)
+    assert torch.equal(net(x), x) and len(net._forward_hooks) == 1
 
 
 def test_hooks_are_gone_after_an_exception() -> None:

@@ -42,8 +42,8 @@ class Eval:
     def run(self) -> None:
         if self.model is not None:
             return self._in_model(self.model)
-        if self.place != Place():
-            raise ValueError("model: expected one with text or another place in it, got none")
+        if self.place != Place() or self.splice != "rows":
+            raise ValueError("model: expected one with text, a place or splice, got none")
         figures = runs.evaluate_run(self.run_directory, self.data, self.target)
         if self.json:
             print(json.dumps(figures))

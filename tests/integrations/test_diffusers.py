@@ -219,6 +219,13 @@ def test_two_encoders_and_prompts_that_are_left_out() -> None:
     expected = [plain[0] + 1.5 * a, plain[2] - b, plain[1] - 1.5 * a, plain[3] + b]
     for found, right in zip(given[:4], expected, strict=True):
         torch.testing.assert_close(found, right)
+    last_but_one = LAYERS - 1  # what SDXL reads of an encoder
+    direction = torch.randn(L, D)
+    x = {text: states(xl, text, last_but_one) for text in ("cat", "dull")}
+    with steered(xl, last_but_one, direction, 2.0):
+        found = xl.encode_prompt("cat", device="cpu", negative_prompt="dull")
+    torch.testing.assert_close(found[0][0, :, :D], x["cat"] + 2 * direction)
+    torch.testing.assert_close(found[1][0, :, :D], x["dull"] - 2 * direction)
 
 
 # ---- MiniLM ----
