@@ -22,7 +22,7 @@ READ = 30
 """Words of a prompt that are read."""
 TRAIN_SHARE = 0.8
 
-_WORDS = 7  # what the permutation is for: see fastsae.data
+_WORDS = 7  # what the permutation is for: see fastsae.order
 
 
 def letter_words(tokenizer: Any) -> tuple[Tensor, Tensor]:

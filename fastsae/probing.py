@@ -30,7 +30,7 @@ TRAIN_SHARE = 0.8
 LEAST = 20
 """Test rows of each class below which a label is left out."""
 
-_SPLIT, _CHOICE = 5, 6  # what the permutations are for: see fastsae.data
+_SPLIT, _CHOICE = 5, 6  # what the permutations are for: see fastsae.order
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import tyro
 from fastsae import runs
 from fastsae.corpus import CodeSet
 from fastsae.data import open_source
-from fastsae.models import load_model
+from fastsae.models import CACHE, load_model
 from fastsae.report.pages import write_pages
 
 
@@ -31,7 +31,7 @@ class Pages:
     model, each latent its direct logit effects."""
     contexts: int = 10
     """Contexts shown of a latent, of those that encode kept."""
-    cache: Path = Path("~/.cache/fastsae")
+    cache: Path = CACHE
     """Where the dequantised weights of smollm2 are kept."""
 
     def run(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from fastsae import runs
 from fastsae.corpus import digest
 from fastsae.evaluation import At, Windows, read_windows
-from fastsae.models import LanguageModel, load_model
+from fastsae.models import CACHE, LanguageModel, load_model
 from fastsae.sae import SAE
 from fastsae.sites import Site
 
@@ -35,7 +35,7 @@ class Place:
     """Windows that the model reads at a time."""
     bf16_model: bool = False
     """Run the model's products in bfloat16 (autocast)."""
-    cache: Path = Path("~/.cache/fastsae")
+    cache: Path = CACHE
     """Where the dequantised weights of smollm2 are kept."""
     device: str = "cpu"
     """Where model and SAE run."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastsae import runs, steering
 from fastsae.generation import continued, states_of_texts
-from fastsae.models import LanguageModel, load_model
+from fastsae.models import CACHE, LanguageModel, load_model
 from fastsae.sae import SAE
 from fastsae.sites import Site, find_module
 
@@ -55,7 +55,7 @@ class Steer:
     """0: always the most likely token."""
     seed: int = 0
     """Of the draws at a temperature above 0."""
-    cache: Path = Path("~/.cache/fastsae")
+    cache: Path = CACHE
     """Where the dequantised weights of smollm2 are kept."""
     device: str = "cpu"
     """Where the model and the SAE run."""
