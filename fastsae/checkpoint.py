@@ -231,9 +231,18 @@ def _check_facts(path: Path, facts: dict[str, Any], trainer: Trainer) -> None:
 
 
 def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    names = [n for n in sorted({*ours, *theirs}) if ours.get(n) != theirs.get(n)]
-    parts = [f"{n} {theirs.get(n)!r:.200} as it began, got {ours.get(n)!r:.200}" for n in names]
-    return f"a run goes on with what it began with: expected {'; '.join(parts)}"
+    return f"a run goes on with what it began with: expected {'; '.join(_parts(ours, theirs))}"
+
+
+def _parts(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    parts: list[str] = []
+    for name in sorted({*ours, *theirs}):
+        own, there = ours.get(name), theirs.get(name)
+        if isinstance(own, dict) and isinstance(there, dict):
+            parts += _parts(own, there, f"{prefix}{name}.")
+        elif own != there:
+            parts.append(f"{prefix}{name} {there!r:.200} as it began, got {own!r:.200}")
+    return parts
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:

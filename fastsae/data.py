@@ -213,6 +213,8 @@ def open_source(
         source = replace(_tensor_source(sample.x, spec), contexts=contexts)
     elif isinstance(spec, str) and spec.startswith("decoder:"):
         source = _tensor_source(_decoder_rows(Path(spec.removeprefix("decoder:"))), spec)
+    elif isinstance(spec, str) and spec.startswith("live:"):
+        raise ValueError(f"{spec}: expected rows that are stored, got a live model's: harvest them")
     elif isinstance(spec, str | os.PathLike):
         path = Path(spec)
         source = _set_source(path, gradients) if os.path.isdir(path) else _npy_source(path)

@@ -352,9 +352,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def _not_to_blame(self) -> Iterator[None]:
-        """Around what only reads: the state is whole, so it is not lost with an error."""
+        """Around what only reads: the state is whole, so it is not lost with an error.
+
+        FloatingPointError: the weights make something that is not finite; they are not kept."""
         try:
             yield
+        except NotFinite as error:  # a source has finite rows, so it is the weights
+            raise FloatingPointError(self._diverged(str(error))) from error
         except Exception:
             if self.out is not None and self.step_count and self.shards is None:
                 self.save()

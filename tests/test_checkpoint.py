@@ -261,7 +261,7 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
         ({"lr": 2e-2}, data, "train|lr 0.01 as it began, got 0.02"),
         ({"batch_size": 16}, data, "batch_size 32 as it began, got 16"),
         ({"ema": 0.9}, data, "ema None as it began, got 0.9"),
-        ({"rule": TopK(5)}, data, "config.json: .*selection .*'k': 4.* as it began"),
+        ({"rule": TopK(5)}, data, "config.json: .*expected selection.k 4 as it began, got 5"),
         ({}, open_source(rows(99, 16)), "n_rows 100 as it began, got 99"),
         ({}, open_source(rows(100, 16, seed=1)), "rows '.*' as it began, got '"),
     ]

@@ -134,17 +134,17 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_bits(
 
 def test_another_stream_does_not_go_on(files: list[Path], tmp_path: Path) -> None:
     trained(stream(files).split("mlp-1", None, 20)[0], tmp_path, stop_at=4)
-    for other in (
-        stream(files, seed=1).split("mlp-1", None, 20),
-        stream(files).split("mlp-3", None, 20),
-        stream(files).split("mlp-1", None, 40),
-        stream(files, buffer_rows=101).split("mlp-1", None, 20),
-        stream(files, batch_size=3).split("mlp-1", None, 20),
+    for other, what in (
+        (stream(files, seed=1).split("mlp-1", None, 20), "stream.seed 0 as it began, got 1"),
+        (stream(files).split("mlp-3", None, 20), "stream.sites "),
+        (stream(files).split("mlp-1", None, 40), "stream.held_windows "),
+        (stream(files, buffer_rows=101).split("mlp-1", None, 20), "buffer_rows 100 "),
+        (stream(files, batch_size=3).split("mlp-1", None, 20), "stream.batch_size "),
     ):
-        with pytest.raises(ValueError, match="goes on with what it began with: expected"):
+        with pytest.raises(ValueError, match=f"goes on with what it began with: expected {what}"):
             trained(other[0], tmp_path)
     files[0].write_text(files[0].read_text().replace("fox", "cat"))
-    with pytest.raises(ValueError, match="goes on with what it began with: expected stream"):
+    with pytest.raises(ValueError, match=r"what it began with: expected stream\.text "):
         trained(stream(files).split("mlp-1", None, 20)[0], tmp_path)
 
 
@@ -211,6 +211,7 @@ def test_a_run_from_a_live_model(
     evaluated = json.loads(capsys.readouterr().out)
     assert evaluated["fvu"] == figures["fvu"] and figures["step_ratio"] > 0
     page = (place / "run" / "report.html").read_text()
+    assert "silent on 20 rows" in page
     (place / "run" / "report.html").unlink()
     cli.main(["report", str(place / "run")])
     assert (place / "run" / "report.html").read_text() == page
@@ -262,6 +263,12 @@ def test_what_a_live_model_cannot_give_is_refused(place: Path) -> None:
         cli.main(train_args(place, "run", "--selection", "gradient-topk"))
     with pytest.raises(SystemExit, match=r"target: expected live:.*stream.toml:SITE, got live:"):
         cli.main(train_args(place, "run", "--target", "live:other.toml:mlp-1"))
+    stored = r"live:.*residual-3: expected rows that are stored, got a live model's: harvest them"
+    SAE(SAEConfig(D, 24, TopK(3))).save(place / "saved")
+    saved, codes = str(place / "saved"), str(place / "codes")
+    for command in (["eval", saved, "--data"], ["encode", "--sae", saved, "--out", codes]):
+        with pytest.raises(SystemExit, match=stored):
+            cli.main([*command, f"live:{place / 'stream.toml'}:residual-3"])
     with pytest.raises(ValueError, match="gradients: expected False of a live model, got True"):
         stream([place / "text.txt"], gradients=True)
     assert not (place / "run").exists()

@@ -207,13 +207,16 @@ def test_labels_of_tokens() -> None:
 
 
 class Words(Tokenizer):
-    """Bytes, of which each is a token with a text."""
+    """Bytes, of which each is a token with a text, capitals one that begins a word. As with
+    SentencePiece a text does not begin with its first word's space."""
+
+    TEXTS = tuple(f" {chr(i)}" if chr(i).isupper() else chr(i) for i in range(256))
 
     def __len__(self) -> int:
         return 256
 
     def decode(self, ids: list[int]) -> str:
-        return chr(ids[0])
+        return "".join(self.TEXTS[i] for i in ids).removeprefix(" ")
 
 
 def test_probe_writes_what_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,15 +233,14 @@ def test_probe_writes_what_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         cli.main(command)
     figures = json.loads((tmp_path / "run" / "probes.json").read_text())
     tasks = figures["sparse_probing"]["tasks"]
-    assert {"in one", "capitalised", "punctuation", "first letter a"} <= tasks.keys()
+    names = {"in one", "begins a word", "capitalised", "punctuation", "first letter a"}
+    assert names <= tasks.keys()
     assert "has a digit" in figures["sparse_probing"]["left_out"]
     found = read_windows(Words(), [Path(file) for file in files], 12).sample(4000)
     x = torch.cat(list(At(2).activations(model, found.ids)))[:, 1:].flatten(0, 1)
     token = torch.from_numpy(found.ids)[:, 1:].flatten().long()
     window = torch.arange(len(found.ids)).repeat_interleave(11)
-    labels = token_labels(
-        [chr(i) for i in range(256)], token, torch.tensor(found.file)[window], ["one", "two"]
-    )
+    labels = token_labels(Words.TEXTS, token, torch.tensor(found.file)[window], ["one", "two"])
     expected = sparse_probing(
         SAE.load(tmp_path / "run"), x, labels, window, ks=(1, 4), per_class=200
     )

@@ -14,7 +14,7 @@ from test_checkpoint import same_state
 from test_harvest import DOCUMENTS, WINDOW, causal, config, transformers
 from test_harvest_sites import passes
 
-from fastsae import SAE, cli, plan, suite
+from fastsae import SAE, checkpoint, cli, plan, suite
 from fastsae.commands.suite import read_suite
 from fastsae.commands.train import layered
 from fastsae.harvest import harvest_sites
@@ -188,14 +188,17 @@ def test_one_that_begins_later_catches_up(place: Path) -> None:
         assert_same_run(place / "out" / name, place / "alone" / name)
 
 
-def test_one_that_diverges_ends_alone(place: Path) -> None:
+@pytest.mark.parametrize("changes", [{"scale": False}, {"eval_every": 1}], ids=str)
+def test_one_that_diverges_ends_alone(place: Path, changes: dict[str, Any]) -> None:
+    """It is a step that finds it, or the rows held out."""
     own = {"small": members("live")["small"], "batch": members("live")["batch"]}
-    bad = {**own["small"], "lr": 1e30, "scale": False}
+    bad = {**own["small"], "lr": 1e30, **changes}
     write_suite(place / "suite.toml", {"bad": bad, **own})
     message = r"1 of 3 SAEs diverged: bad: step \d+: expected .* a lower learning rate usually"
     with pytest.raises(SystemExit, match=message):
         cli.main(["suite", "suite.toml", "--out", "out"])
     assert not (place / "out" / "bad" / "metrics.json").exists()
+    assert checkpoint.latest(place / "out" / "bad") is None
     for name, options in own.items():
         train_alone(place, name, options)
         assert_same_run(place / "out" / name, place / "alone" / name)

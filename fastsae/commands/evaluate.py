@@ -12,6 +12,7 @@ import tyro
 
 from fastsae import runs
 from fastsae.commands.place import Place
+from fastsae.contexts import vocabulary_of
 from fastsae.files import appear, write_json
 from fastsae.first_letter import absorption_in_model
 from fastsae.in_model import Splice, evaluate_in_model
@@ -136,7 +137,7 @@ class Probe:
                 ]
             )
             numbers = torch.arange(len(windows.ids)).repeat_interleave(int(rows.sum()))
-            texts = [model.tokenizer.decode([i]) for i in range(len(model.tokenizer))]
+            texts = list(vocabulary_of(model.tokenizer).values())
             token = torch.from_numpy(windows.ids)[:, rows].flatten().long()
             file = torch.from_numpy(windows.file)[numbers]
             labels = token_labels(texts, token, file, windows.names)

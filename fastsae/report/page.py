@@ -67,7 +67,7 @@ def _tiles(config: SAEConfig, history: History, portrait: Portrait) -> str:
     if "dead_share" in m:
         dead, silent = m["dead_share"], "silent in training"
         if "dead_share_rows" in m:
-            silent = f"silent on {m['dead_share_rows']:,.0f} training rows"
+            silent = f"silent on {m['dead_share_rows']:,.0f} rows"
     else:
         dead = float((portrait.counts == 0).mean())
         silent = f"silent on {portrait.n_rows:,} rows"
