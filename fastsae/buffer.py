@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae.batches import Batch
-from fastsae.order import permutation
-
-_PURPOSE = 3  # of the permutations of a buffer; order.py has 1, 2, 5 and 6
+from fastsae.order import BUFFER, permutation
 
 
 @dataclass
@@ -45,7 +43,7 @@ class Buffer:
 
     def _permuted(self) -> Batch:
         batch = joined(self.kept)
-        order = torch.from_numpy(permutation(len(batch.x), self.seed, _PURPOSE, self.fillings))
+        order = torch.from_numpy(permutation(len(batch.x), self.seed, BUFFER, self.fillings))
         self.fillings += 1
         return rows_of(batch, order.to(batch.x.device))
 

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from fastsae.activations import activations
 from fastsae.files import sha256
 from fastsae.models import LanguageModel, check_causal, check_window
-from fastsae.order import permutation
+from fastsae.order import EVALUATED, permutation
 from fastsae.sites import Site, find_module
 from fastsae.windows import Ids, cut_windows, window_order
-
-_EVALUATED = 4  # what the permutation is for: see fastsae.order
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Windows:
         """
         if tokens < 1:
             raise ValueError(f"tokens: expected at least 1, got {tokens}")
-        order = permutation(len(self.ids), 0, _EVALUATED)
+        order = permutation(len(self.ids), 0, EVALUATED)
         if self.seen is not None and not seen:
             order = order[~self.seen[order]]
         if not len(order):

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastsae.absorption import LETTERS, Criteria, absorption
 from fastsae.evaluation import At
 from fastsae.models import LanguageModel
-from fastsae.order import permutation
+from fastsae.order import WORDS, permutation
 from fastsae.sae import SAE
 from fastsae.windows import Ids, special_tokens
 
@@ -21,8 +21,6 @@ EXAMPLES = 10
 READ = 30
 """Words of a prompt that are read."""
 TRAIN_SHARE = 0.8
-
-_WORDS = 7  # what the permutation is for: see fastsae.order
 
 
 def letter_words(tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -83,7 +81,7 @@ def absorption_in_model(
     if n_words is not None and n_words < 1:
         raise ValueError(f"n_words: expected at least 1, got {n_words}")
     words, letter = letter_words(model.tokenizer)
-    order = torch.from_numpy(permutation(len(words), 0, _WORDS))[:n_words]
+    order = torch.from_numpy(permutation(len(words), 0, WORDS))[:n_words]
     words, letter = words[order], letter[order]
     train = torch.arange(len(words)) < TRAIN_SHARE * len(words)
     x = torch.cat([_read(model, at, words[part], letter[part]) for part in (train, ~train)])

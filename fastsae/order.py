@@ -22,9 +22,10 @@ RowIndex = npt.NDArray[np.int64]
 POOL_ROWS = 65536
 """Rows of a pool, about: see `Order`."""
 
-# Second word of the Philox key: what a permutation is for, so that the held-out split and the
-# batches made from one seed have nothing to do with each other.
-SHUFFLE, HOLDOUT, BLOCKS, POOL = 1, 2, 5, 6
+# Second word of the Philox key: what a permutation is for, so that those of one seed have nothing
+# to do with each other.
+SHUFFLE, HOLDOUT, WINDOWS, EVALUATED, PROBE_SPLIT, PROBE_ROWS, WORDS = range(1, 8)
+BUFFER, BLOCKS, POOL = range(8, 11)
 
 
 def permutation(

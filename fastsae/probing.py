@@ -20,7 +20,7 @@ from torch import Tensor
 from fastsae.codes import Codes
 from fastsae.corpus import codes_of
 from fastsae.data import open_source
-from fastsae.order import permutation
+from fastsae.order import PROBE_ROWS, PROBE_SPLIT, permutation
 from fastsae.sae import SAE
 
 KS = (1, 2, 5, 10, 20)
@@ -29,8 +29,6 @@ PER_CLASS = 1000
 TRAIN_SHARE = 0.8
 LEAST = 20
 """Test rows of each class below which a label is left out."""
-
-_SPLIT, _CHOICE = 5, 6  # what the permutations are for: see fastsae.order
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def sparse_probing(
         raise ValueError(f"per_class: expected at least {4 * LEAST}, got {per_class}")
     codes = codes_of(sae, open_source(x))
     numbers, of_row = window.unique(return_inverse=True)
-    order = torch.from_numpy(permutation(len(numbers), 0, _SPLIT))
+    order = torch.from_numpy(permutation(len(numbers), 0, PROBE_SPLIT))
     trains = torch.zeros(len(numbers), dtype=torch.bool)
     trains[order[: round(TRAIN_SHARE * len(numbers))]] = True
     in_train = trains[of_row]
@@ -181,7 +179,9 @@ def _balanced(y: Tensor, part: Tensor, per_class: int, seed: int) -> Tensor:
     """Rows of a part, as many of one class as of the other: int64, ascending."""
     of_both = [(part & (y == value)).nonzero()[:, 0] for value in (False, True)]
     n = min(per_class, *(len(rows) for rows in of_both))
-    chosen = [rows[torch.from_numpy(permutation(len(rows), seed, _CHOICE)[:n])] for rows in of_both]
+    chosen = [
+        rows[torch.from_numpy(permutation(len(rows), seed, PROBE_ROWS)[:n])] for rows in of_both
+    ]
     return torch.cat(chosen).sort().values
 
 

@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastsae.order import RowIndex, permutation
+from fastsae.order import WINDOWS, RowIndex, permutation
 
 Ids = npt.NDArray[np.int32]
-
-_WINDOWS = 3  # what the permutation is for: see fastsae.order
 
 
 def documents(path: Path) -> list[str]:
@@ -83,4 +81,4 @@ def cut_windows(tokenizer: Any, text: Sequence[Path], window: int) -> tuple[Ids,
 
 def window_order(n: int, seed: int) -> RowIndex:
     """The order in which the n windows of a text are read; int64 [n]."""
-    return permutation(n, seed, _WINDOWS)
+    return permutation(n, seed, WINDOWS)

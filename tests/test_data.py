@@ -31,8 +31,8 @@ from fastsae.data import (
 )
 from fastsae.order import Order
 
-PINNED_BLOCKS = [7, 3, 11, 0, 4, 15, 14, 5, 12, 6, 19, 17, 10, 16, 2, 13, 18, 9, 8, 1]
-PINNED_POOL = [171, 40, 74, 102, 173, 175, 105, 104]
+PINNED_BLOCKS = [17, 0, 2, 13, 10, 8, 19, 1, 18, 3, 14, 6, 9, 5, 7, 4, 15, 16, 12, 11]
+PINNED_POOL = [169, 26, 66, 94, 175, 93, 65, 64]
 
 ROOT = Path(__file__).resolve().parent.parent
 
