@@ -56,8 +56,8 @@ def alone(model: LanguageModel, files: list[Path], out: Path, options: HarvestCo
 def passes(model: LanguageModel, module: str) -> list[int]:
     """Grows by the number of windows whenever a module is run."""
     seen: list[int] = []
-    model.net.get_submodule(module).register_forward_hook(
-        lambda module, args, output: seen.append(len(args[0]))
+    model.net.get_submodule(module).register_forward_pre_hook(
+        lambda module, args: seen.append(len(args[0]))
     )
     return seen
 
