@@ -4,7 +4,7 @@
 
 Each width trains from the same rows in the same order, K 32, with exact Adam at one learning rate
 and the encoder fitted at the start (`TrainConfig.fit_encoder`); the last fifth of the steps the
-rate falls. A latent is dead that no row of 65,536 rows of the training activates.
+rate falls. A latent is dead that none of a quarter of the training rows activates: dead_share_rows.
 """
 
 from __future__ import annotations
