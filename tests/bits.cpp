@@ -160,7 +160,10 @@ int main(int argc, char** argv) {
   gradients.add(columns);
   print("rows", gradients);
   isa::project_rows({rows.data(), d, false}, {w.data(), d, false}, f, d, threads);
-  AdamArgs adam{{w.data(), d, false}, f, d, m.data(), v.data(), last.data(), {}, &pairs, 1};
+  AdamArgs adam{};
+  adam.p = {w.data(), d, false}, adam.n = f, adam.d = d;
+  adam.m = m.data(), adam.v = v.data(), adam.last = last.data();
+  adam.segments = &pairs, adam.n_segments = 1;
   adam.lr = 1e-3, adam.beta1 = 0.9, adam.beta2 = 0.999, adam.eps = 1e-8, adam.scale = 0.5;
   adam.step = 2, adam.project = adam.normalize = true, adam.threads = threads;
   updated.add(rows);
